@@ -83,7 +83,7 @@ class Step:
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a recipe in order. A digest covers everything the step's result depends on."""
     dump = recipe.model_dump(mode="json")
-    chain = digest(recipe.seed, dump["data"], dump["model"])
+    chain = digest(recipe.seed, dump["data"], dump["model"], dump["tasks"])
     steps = [Step("data", "data", recipe.data, chain)]
     model: tuple[str, ...] = ()
     for name, stage in recipe.stages.items():

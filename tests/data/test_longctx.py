@@ -60,6 +60,8 @@ def test_training_documents(tok, filler, length):
     for number in range(6):
         ids, loss = document(tok, filler, length, 1, number)
         assert len(ids) == len(loss) == length and ids[-1] == tok.id("<|endoftext|>")
+        taught = tok.decode([token for token, one in zip(ids, loss, strict=True) if one])
+        assert "Question" not in taught and 0 < sum(loss) < length / 2, "only the answers are taught"
         for name, value in re.findall(r"Answer: The number of the (\w+) is (\d\d)\.", tok.decode(ids)):
             assert tok.decode(ids).count(f"The number of the {name} is {value}.") == 2
 

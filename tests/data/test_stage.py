@@ -136,7 +136,10 @@ def test_midtrain_rows(tmp_path, folder, done):
     assert need * 0.95 <= packed.tokens <= need * 1.3
     assert mix["trajectories"] == pytest.approx(0.2 * need, rel=0.15)
     assert mix["synthetic"] == pytest.approx(0.2 * need, rel=0.15)
-    assert meta["isolate"] and (packed.loss == (packed.docs > 0)).all()
+    assert meta["isolate"] and not packed.loss[packed.docs == 0].any()
+    assert packed.tokens - packed.loss.sum() < mix["synthetic"], (
+        "all is taught but the synthetic documents' prompts"
+    )
     rows = ctx.run_dir / "data" / "rows" / "midtrain" / "ids.npy"
     before = rows.stat().st_mtime_ns
     pack_conversations(ctx)

@@ -50,6 +50,65 @@ def test_stable_topk_is_a_stable_sort_whatever_the_padding() -> None:
     assert torch.equal(topk_mask(scores, 9), mask)
 
 
+# --- the start of training --------------------
+
+
+def attention_back(net: GlmMoeDsa, length: int, back: int) -> torch.Tensor:
+    """Mean attention [H] of layer 0 to the token `back` before, on random tokens, from the projections."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, net.config.vocab_size, (4, length), generator=generator)
+    attention = net.layers[0].self_attn
+    with torch.no_grad():
+        h = net.layers[0].input_layernorm(net.embed_tokens(ids))
+        cos, sin = rope_tables(torch.arange(length)[None], net.config.qk_rope_head_dim, net.config.rope_theta)
+        _, q_nope, q_rope = attention.queries(h, cos, sin)
+        latent, k_rope = attention.latents(h, cos, sin)
+        k_nope = attention.kv_b_proj(latent).unflatten(-1, (attention.heads, -1))[..., : attention.nope]
+        scores = torch.einsum("bthn,bshn->bhts", q_nope, k_nope)
+        scores = (scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * attention.scale
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1).diagonal(-back, 2, 3).mean((0, 2))
+
+
+def test_chosen_heads_begin_by_looking_a_fixed_distance_back() -> None:
+    for length in (100, 1000):
+        net = GlmMoeDsa(preset("2m")).init_weights(0, induction=True)
+        for head, back in enumerate((1, 2)):
+            heads = attention_back(net, length, back)
+            assert heads[head] > 0.85, heads
+            assert heads.sum() - heads[head] < 0.2, "no other head looks there"
+    assert attention_back(GlmMoeDsa(preset("2m")).init_weights(0), 100, 1).max() < 0.1
+
+
+@pytest.mark.parametrize("size", ["2m", "5m"])
+def test_a_start_with_induction_prefers_what_followed_before(size: str) -> None:
+    """Random tokens, written twice: only looking them up can make the second writing likelier than the first."""
+    generator = torch.Generator().manual_seed(2)
+    once = torch.randint(0, preset(size).vocab_size, (8, 64), generator=generator)
+    ids = torch.cat((once, once), 1)
+
+    def costs(induction: bool) -> tuple[float, float]:
+        net = GlmMoeDsa(preset(size)).init_weights(0, induction)
+        with torch.no_grad():
+            logits = net(ids).logits[:, :-1]
+        cost = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        return cost[:, :60].mean().item(), cost[:, 66:].mean().item()
+
+    first, second = costs(True)
+    assert second < first - 0.4
+    plain_first, plain_second = costs(False)
+    assert abs(plain_second - plain_first) < 0.05
+    assert first < plain_first + 0.15, "it costs nothing where there is nothing to look up"
+
+
+def test_models_too_small_for_induction_keep_their_random_start() -> None:
+    small = tiny_config(num_hidden_layers=1, first_k_dense_replace=1)
+    assert torch.equal(
+        GlmMoeDsa(small).init_weights(0, True).embed_tokens.weight,
+        GlmMoeDsa(small).init_weights(0).embed_tokens.weight,
+    )
+
+
 # --- documents stay apart --------------------
 
 

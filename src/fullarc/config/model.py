@@ -168,7 +168,7 @@ SIZES: dict[str, dict[str, Any]] = {
            moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16, n_routed_experts=4, index_head_dim=16),
     "2m": _LAPTOP
     | dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-           moe_intermediate_size=64, initializer_range=0.06),
+           moe_intermediate_size=64, initializer_range=0.06, qk_nope_head_dim=32, v_head_dim=48, kv_lora_rank=96),
     "5m": _LAPTOP
     | dict(vocab_size=4096, hidden_size=192, num_hidden_layers=6, num_attention_heads=6, intermediate_size=512,
            moe_intermediate_size=96, n_routed_experts=16, q_lora_rank=96, kv_lora_rank=64),

@@ -30,11 +30,13 @@ from fullarc.config.stages import (
     SandboxSettings,
     Settings,
     Stage,
+    TaskSettings,
 )
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": Data,
     "model": ModelConfig,
+    "tasks": TaskSettings,
     "engine": EngineSettings,
     "sandbox": SandboxSettings,
     "eval": EvalSettings,
@@ -61,6 +63,7 @@ class Recipe(Run):
 
     data: Data
     model: ModelConfig
+    tasks: TaskSettings
     stages: dict[str, Stage]
     engine: EngineSettings
     sandbox: SandboxSettings

@@ -24,16 +24,18 @@ _RL_NANO: Layer = {
     "save_every": 1,
 }
 _RL_2M: Layer = {
-    "steps": 20,
+    "steps": 40,
     "prompts": 8,
     "group_size": 8,
     "lr": 3e-4,
     "max_new_tokens": 64,
     "max_len": 768,
-    "max_turns": 6,
-    "concurrency": 32,
+    "max_turns": 5,
+    "concurrency": 64,
     "micro_batch_tokens": 2048,
+    "save_every": 10,
 }
+_SINGLE_TURN_2M = {"max_turns": 1, "max_new_tokens": 48, "max_len": 256}
 _RL_LARGE: Layer = {
     "steps": 100,
     "prompts": 16,
@@ -41,6 +43,13 @@ _RL_LARGE: Layer = {
     "lr": 2e-5,
     "max_new_tokens": 256,
     "max_len": 2048,
+}
+
+# Copying names out of a request is learnt abruptly, and later the more families share the tokens: docs/log.md.
+_FAMILIES_2M = {
+    "terminal": ["count_lines", "search", "rename", "sum_column", "replace", "fix_python"],
+    "reasoning": ["extreme", "lookup", "count", "rotate", "sort_numbers", "chain_sum"],
+    "general": ["json", "bullets", "upper", "language", "ending", "brackets"],
 }
 
 
@@ -61,7 +70,7 @@ SIZES: dict[str, Layer] = {
         "model": MODELS["nano"] | {"index_topk": 64},
         "data": {"sources": ["local"], "max_mb": 0.4, "tokenizer_mb": 0.2},
         "stages": {
-            "pretrain": _lm(10, 64, 8, 5e-3, 1e-3, warmup_steps=2, save_every=5),
+            "pretrain": _lm(10, 64, 8, 5e-3, 1e-3, warmup_steps=2, save_every=5, induction=True),
             "midtrain": _lm(4, 256, 2, 1e-3, 5e-4, demos=16, save_every=2),
             "dsa": _lm(3, 256, 2, 5e-4, 5e-4, indexer_steps=3, save_every=2),
             "sft": _lm(10, 256, 4, 2e-3, 5e-4, warmup_steps=2, demos=48, save_every=5),
@@ -84,28 +93,32 @@ SIZES: dict[str, Layer] = {
     },
     # the demo: about 2 M parameters, a laptop's two cores, ten to fifteen minutes
     "2m": {
-        "model": MODELS["2m"] | {"index_topk": 256},
+        "model": MODELS["2m"] | {"index_topk": 384},
         "data": {"max_mb": 6.0, "tokenizer_mb": 2.0, "language_weight": 20},
+        "tasks": {"families": _FAMILIES_2M},
         "stages": {
-            "pretrain": _lm(130, 256, 16, 1.5e-2, 3e-3, mtp_rows=0.25),
+            "pretrain": _lm(100, 256, 16, 1.5e-2, 3e-3, adamw_scale=3, mtp_rows=0.25, induction=True),
             "midtrain": _lm(
-                70,
+                80,
                 1024,
                 4,
                 1e-2,
-                5e-3,
+                3e-3,
+                adamw_scale=3,
                 mtp_rows=0.25,
                 demos=600,
                 save_every=20,
-                trajectory_share=0.4,
-                synthetic_share=0.4,
+                trajectory_share=0.25,
+                synthetic_share=0.55,
             ),
             "dsa": _lm(
                 20,
                 1024,
                 2,
-                4e-3,
-                4e-3,
+                3e-3,
+                3e-4,
+                adamw_scale=3,
+                schedule="linear",
                 mtp_rows=0.5,
                 mtp_steps=1,
                 indexer_steps=20,
@@ -114,28 +127,31 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                560,
+                150,
                 512,
                 8,
-                2e-2,
-                2e-3,
+                1.5e-2,
+                1.5e-3,
+                adamw_scale=3,
                 mtp_steps=0,
-                demos=4000,
-                mix={"reasoning": 0.35, "terminal": 0.5, "general": 0.15},
+                demos=10_800,
+                mix={"reasoning": 0.74, "terminal": 0.17, "general": 0.09},
             ),
-            "reasoning_rl": _RL_2M | {"max_turns": 1, "max_new_tokens": 48, "max_len": 256},
+            "reasoning_rl": _RL_2M
+            | _SINGLE_TURN_2M
+            | {"steps": 30, "prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
             "agentic_rl": _RL_2M,
-            "general_rl": _RL_2M | {"steps": 10, "max_turns": 1, "max_new_tokens": 48, "max_len": 256},
-            "distil": _RL_2M | {"steps": 10, "prompts": 64, "group_size": 1},
+            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 16},
+            "distil": _RL_2M | {"steps": 12, "prompts": 64, "group_size": 1},
         },
         "eval": {
             "heldout_tokens": 8192,
             "problems": 16,
             "instructions": 6,
-            "episodes": 4,
+            "episodes": 8,
             "needles": 5,
             "max_new_tokens": 64,
-            "max_turns": 6,
+            "max_turns": 5,
             "temperature": 1.0,
         },
     },
@@ -144,7 +160,7 @@ SIZES: dict[str, Layer] = {
         "model": MODELS["5m"] | {"max_position_embeddings": 4096, "index_topk": 256},
         "data": {"max_mb": 40.0},
         "stages": {
-            "pretrain": _lm(2000, 512, 32, 3e-3, 6e-4, warmup_steps=50),
+            "pretrain": _lm(2000, 512, 32, 3e-3, 6e-4, warmup_steps=50, induction=True),
             "midtrain": _lm(300, 2048, 8, 6e-4, 3e-4, demos=4000),
             "dsa": _lm(100, 2048, 8, 3e-4, 3e-4, indexer_steps=100),
             "sft": _lm(1000, 2048, 8, 2e-3, 2e-4, warmup_steps=30, demos=20_000),
@@ -158,7 +174,7 @@ SIZES: dict[str, Layer] = {
         "model": MODELS["20m"] | {"max_position_embeddings": 8192, "index_topk": 512},
         "data": {"max_mb": 400.0, "tokenizer_mb": 20.0},
         "stages": {
-            "pretrain": _lm(8000, 1024, 64, 2e-3, 4e-4, warmup_steps=200),
+            "pretrain": _lm(8000, 1024, 64, 2e-3, 4e-4, warmup_steps=200, induction=True),
             "midtrain": _lm(800, 4096, 16, 4e-4, 2e-4, demos=20_000),
             "dsa": _lm(200, 4096, 16, 2e-4, 2e-4, indexer_steps=200),
             "sft": _lm(3000, 4096, 16, 1e-3, 1e-4, warmup_steps=100, demos=60_000),

@@ -29,6 +29,9 @@ class LMStage(Settings):
         "and biases are always on AdamW.",
     )
     lr: float = Field(2e-4, ge=0, description="Peak learning rate (Muon updates are scaled to RMS 0.2).")
+    adamw_scale: float = Field(
+        1.0, gt=0, description="Learning rate of the parameters on AdamW, relative to lr."
+    )
     lr_end: float = Field(4e-5, ge=0, description="Learning rate after the last step.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Decay from lr to lr_end."
@@ -71,6 +74,7 @@ class Pretrain(LMStage):
     """Raw text, plain concatenation, short context (4.1)."""
 
     type: Literal["pretrain"] = "pretrain"
+    induction: bool = Field(False, description="Begin with induction heads in the first two layers.")
 
 
 class Midtrain(LMStage):
@@ -261,6 +265,15 @@ class Data(Settings):
     tokenizer_mb: float = Field(4.0, gt=0, description="Megabytes of text the tokenizer is trained on.")
     language_weight: int = Field(
         0, ge=0, description="Times the training tasks' own language enters the tokenizer's sample."
+    )
+
+
+class TaskSettings(Settings):
+    """Which task families a run knows."""
+
+    families: dict[str, list[str]] = Field(
+        {},
+        description="Families trained on, per kind of task; a kind not named here has all of its trained families.",
     )
 
 

@@ -30,6 +30,7 @@ _NAMES = (
 )
 NAMES = _NAMES.split()
 ORDINALS = ("first", "second", "third", "fourth")
+TOKENS_PER_FACT = 40  # about what a fact, its question and its answer take
 SORTS = ("needle", "multi_key", "multi_value", "mrcr")
 
 
@@ -115,32 +116,38 @@ def document(
 ) -> tuple[list[int], list[int]]:
     """A training document of exactly `length` tokens: facts among filler, then every one of them asked for.
 
-    Asking for all facts gives many answers to learn from in one document; every third one is a single `case`.
-    Returns ids, which end in <|endoftext|>, and loss flags: all 1.
+    Asking for all facts gives many answers to learn from in one document; every fourth one is a single `case`.
+    Returns ids, which end in <|endoftext|>, and loss flags: 1 on the answers, the only part that can be known.
     """
     eos = tok.id("<|endoftext|>")
-    if number % 3 == 2 or length < 200:
-        one = case(tok, filler, SORTS[number // 3 % len(SORTS)], length - 1, seed, number)
-        return [*one.prompt_ids, *one.answer_ids, eos], [1] * length
+    if number % 4 == 3 or length < 200:
+        one = case(tok, filler, SORTS[number // 4 % len(SORTS)], length - 1, seed, number)
+        return [*one.prompt_ids, *one.answer_ids, eos], [0] * len(one.prompt_ids) + [1] * (
+            length - len(one.prompt_ids)
+        )
     rng = random.Random(derive(seed, "longctx", "document", length, number))
-    names = rng.sample(NAMES, min(8, length // 64))
+    names = rng.sample(NAMES, min(len(NAMES), length // TOKENS_PER_FACT))
     facts = {name: _fact(name, _number(rng)) for name in names}
-    asked = {name: f"\n\nQuestion: {_asked(name)}\nAnswer: {fact}" for name, fact in facts.items()}
     room = length - 1
     told: list[list[int]] = []
-    asks: list[list[int]] = []
+    asks: list[tuple[list[int], list[int]]] = []
     for name in names:  # as many as fit
-        fact_ids, ask_ids = tok.encode(" " + facts[name]), tok.encode(asked[name])
-        if len(fact_ids) + len(ask_ids) <= room:
+        fact_ids = tok.encode(" " + facts[name])
+        question_ids = tok.encode(f"\n\nQuestion: {_asked(name)}\nAnswer:")
+        if 2 * len(fact_ids) + len(question_ids) <= room:
             told.append(fact_ids)
-            asks.append(ask_ids)
-            room -= len(fact_ids) + len(ask_ids)
+            asks.append((question_ids, fact_ids))
+            room -= 2 * len(fact_ids) + len(question_ids)
     rng.shuffle(asks)
     sentences = filler.draw(rng, room)
     for fact_ids in told:
         sentences.insert(rng.randint(0, len(sentences)), fact_ids)
-    ids = [token for part in [*sentences, *asks] for token in part] + [eos]
-    return ids, [1] * len(ids)
+    ids = [token for sentence in sentences for token in sentence]
+    loss = [0] * len(ids)
+    for question_ids, answer_ids in asks:
+        ids += [*question_ids, *answer_ids]
+        loss += [0] * len(question_ids) + [1] * len(answer_ids)
+    return [*ids, eos], [*loss, 1]
 
 
 def conversation(filler_text: Sequence[str], sentences: int, seed: int, number: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def pack_conversations(ctx: StageContext) -> dict[str, Any]:
         if isinstance(ctx.stage, Midtrain):
             midtrain_rows(documents, conversations, tok, rows, ctx.stage, _tokens(ctx), seed)
         else:
-            needles = needle_conversations(documents, len(conversations) // 20, seed)
+            needles = needle_conversations(documents, len(conversations) // 40, seed)
             sft_rows([*conversations, *needles], tok, rows, ctx.stage.seq_len)
     meta = json.loads((rows / "meta.json").read_text())
     return {f"rows_{key}": meta[key] for key in ("n_tokens", "n_targets", "fill")}
@@ -151,13 +151,18 @@ def midtrain_rows(
     length = settings.seq_len
     trajectories = [render_whole(tok, one) for one in conversations]
     share = settings.trajectory_share if trajectories else 0.0
-    synthetic = round(tokens * settings.synthetic_share / length)
+    synthetic = tokens * settings.synthetic_share
+    lengths = [length, length // 2, length // 4, length // 2]  # near facts are found first, far ones later
+    cycle = sum(lengths)
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
     docs: dict[str, list[Doc]] = {
         "trajectories": list(_repeat(trajectories, own_tokens(trajectories, length), tokens * share, seed)),
-        "synthetic": [document(tok, filler, length, seed, number) for number in range(synthetic)],
+        "synthetic": [
+            document(tok, filler, lengths[number % 4], seed, number)
+            for number in range(round(4 * synthetic / cycle))
+        ],
     }
-    natural = tokens * (1 - share) - synthetic * length
+    natural = tokens * (1 - share) - synthetic
     long_first = sorted(documents, key=lambda one: len(one.text) < 4 * length)
     docs["natural"] = [(ids, [1] * len(ids)) for ids in _until(tokenize(long_first, tok), natural)]
     mix = {name: sum(len(ids) for ids, _ in part) for name, part in docs.items()}

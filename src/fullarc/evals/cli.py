@@ -31,7 +31,10 @@ def main(argv: Sequence[str]) -> int:
     from fullarc.evals.stage import Job, evaluate, heldout_of
 
     heldout = arguments.heldout or heldout_of(arguments.model)
-    job = Job(arguments.model.name, arguments.model, recipe.eval, recipe.sandbox, heldout, not arguments.base)
+    job = Job(
+        arguments.model.name, arguments.model, recipe.eval, recipe.sandbox, heldout, not arguments.base,
+        recipe.tasks.families,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         scores = evaluate(job, arguments.out or Path(temporary))
     if arguments.json:

@@ -7,7 +7,7 @@ answers): enough to fill its cells honestly, with a larger standard error.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from fullarc.evals.episodes import Question, ask_all
 from fullarc.evals.scores import Score, Scores
 from fullarc.rollout.episodes import Limits
 from fullarc.rollout.trajectory import Trajectory, write_trajectories
-from fullarc.tasks import families
+from fullarc.tasks import families, trained
 
 BASE_SHARE = 4
 BASE_NEW_TOKENS = 48
@@ -50,6 +50,7 @@ class Job:
         sandbox: where agents work.
         heldout: folder of held-out documents (see data.stage); None = no bits per byte.
         chats: whether the model has learnt to chat.
+        families: the families of each kind that it was trained on; a kind not named: all that may be trained on.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class Job:
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)
     heldout: Path | None = None
     chats: bool = True
+    families: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     assert ctx.model_in is not None, "an evaluation follows a model stage"
     job = Job(
         ctx.name, ctx.model_in, ctx.stage, ctx.recipe.sandbox, heldout_of(ctx.model_in),
-        chats=any(isinstance(stages[name], SFT) for name in so_far),
+        chats=any(isinstance(stages[name], SFT) for name in so_far), families=ctx.recipe.tasks.families,
     )  # fmt: skip
     scores = evaluate(job, ctx.out)
     return {key: score.value for key, score in scores.scores.items()}
@@ -94,7 +96,7 @@ def evaluate(job: Job, out: Path) -> Scores:
         with _timed(scores, "mtp"):
             accepted = language.accept_length(job.model_dir, [tok.encode(text) for text in texts])
         with _timed(scores, "episodes"):
-            asked = questions(job.settings, job.chats)
+            asked = questions(job.settings, job.chats, job.families)
             episodes = ask_all(
                 engine, tok, asked, _limits(job, engine), job.settings.temperature, job.sandbox
             )
@@ -102,7 +104,7 @@ def evaluate(job: Job, out: Path) -> Scores:
         scores.skipped["mtp_accept"] = "no MTP layer or no held-out documents"
     else:
         scores.scores["mtp_accept"] = accepted
-    add_episodes(scores, episodes)
+    add_episodes(scores, episodes, job.families)
     write_trajectories(out / "trajectories.jsonl", episodes)
     scores.save(out / "scores.json")
     return scores
@@ -173,14 +175,20 @@ def _needles(job: Job, engine: Engine, tok: Tokenizer, texts: Sequence[str], sco
             scores.scores[key] = Score.of_share(hits)
 
 
-def questions(settings: EvalSettings, chats: bool) -> list[Question]:
-    """What is asked, in a fixed order; a model that does not chat gets the first few of each family."""
+def questions(
+    settings: EvalSettings, chats: bool, chosen: Mapping[str, Sequence[str]] | None = None
+) -> list[Question]:
+    """What is asked of trained (`chosen`) and held-out families, in a fixed order, or less of it without a chat."""
 
     def some(count: int) -> range:
         return range(count if chats else max(1, count // BASE_SHARE))
 
     counts = {"reasoning": settings.problems, "general": settings.instructions, "terminal": settings.episodes}
-    return [Question(f, i) for kind, n in counts.items() for f in families(kind, "all") for i in some(n)]
+    return [Question(f, i) for kind, n in counts.items() for f in _asked(kind, chosen or {}) for i in some(n)]
+
+
+def _asked(kind: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    return [*trained(kind, chosen), *families(kind, "held_out")]
 
 
 def _limits(job: Job, engine: Engine) -> Limits:
@@ -190,7 +198,9 @@ def _limits(job: Job, engine: Engine) -> Limits:
     return Limits(tokens, engine.scheduler.max_len, turns)
 
 
-def add_episodes(scores: Scores, episodes: Sequence[Trajectory]) -> None:
+def add_episodes(
+    scores: Scores, episodes: Sequence[Trajectory], chosen: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Scores of graded episodes. A broken environment counts for nothing; a cut-off or invalid episode is a failure."""
     usable = [episode for episode in episodes if episode.outcome.kind != "env_error"]
     if broken := len(episodes) - len(usable):
@@ -199,10 +209,8 @@ def add_episodes(scores: Scores, episodes: Sequence[Trajectory]) -> None:
     for episode in usable:
         by_family.setdefault(episode.task, []).append(value(episode))
     for kind, name in (("reasoning", "reasoning"), ("terminal", "agent")):
-        for split, seen in (("trained", "seen"), ("held_out", "unseen")):
-            wins = {
-                f: [float(v >= 1.0) for v in by_family[f]] for f in families(kind, split) if f in by_family
-            }
+        for names, seen in ((trained(kind, chosen or {}), "seen"), (families(kind, "held_out"), "unseen")):
+            wins = {f: [float(v >= 1.0) for v in by_family[f]] for f in names if f in by_family}
             if wins:
                 scores.scores[f"{name}_{seen}"] = Score.of_share(
                     [win for family in wins.values() for win in family]

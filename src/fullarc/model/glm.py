@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.induction import start_with_induction
 from fullarc.model.mla import MLA, Visibility
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
@@ -107,12 +108,13 @@ class GlmMoeDsa(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp_layer = MTPLayer(config) if config.num_nextn_predict_layers else None
 
-    def init_weights(self, seed: int) -> "GlmMoeDsa":
-        """Draw all weights, a pure function of `seed`; norms stay at one.
+    def init_weights(self, seed: int, induction: bool = False) -> "GlmMoeDsa":
+        """Draw all weights, a pure function of the arguments; norms stay at one.
 
         Matrices come from N(0, initializer_range²). Embeddings come from N(0, 1): what a layer adds to the residual
         stream then starts smaller than the token it is added to, and tokens keep their identity through the layers.
-        The output layer starts at OUTPUT_STD, so that the first predictions are near uniform.
+        The output layer starts at OUTPUT_STD, so that the first predictions are near uniform. With `induction` the
+        first two layers begin with heads that look up what followed the same token before (`model.induction`).
         """
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
@@ -128,6 +130,8 @@ class GlmMoeDsa(nn.Module):
                 weights = [module.gate_up_proj, module.down_proj]
             for weight in weights:
                 nn.init.normal_(weight, std=std, generator=generator)
+        if induction:
+            start_with_induction(self, generator)
         return self
 
     def forward(

@@ -9,25 +9,31 @@ from collections.abc import Mapping, Sequence
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
-from fullarc.tasks import Instance, families, get, instance_seed, kinds
+from fullarc.tasks import Instance, get, instance_seed, kinds, trained
 
 NUMBERS = 10**9  # instances per family that RL draws from
 
 
-def family_weights(mix: Mapping[str, float], default_kinds: Sequence[str]) -> dict[str, float]:
-    """Weight of each family. A kind's weight is shared by its trained families; an empty mix means `default_kinds`.
+def family_weights(
+    mix: Mapping[str, float], default_kinds: Sequence[str], chosen: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, float]:
+    """Weight of each family. A kind's weight is shared by its families; an empty mix means `default_kinds`.
+
+    Args:
+        chosen: the families of each kind that the run trains on; all that may be trained on by default.
 
     Raises FullarcError for an unknown or held-out family and for weights that are not positive.
     """
     weights: dict[str, float] = {}
-    trained = {family for kind in kinds() for family in families(kind, "trained")}
+    members_of = {kind: trained(kind, chosen or {}) for kind in kinds()}
+    allowed = {family for members in members_of.values() for family in members}
     for name, weight in (mix or dict.fromkeys(default_kinds, 1.0)).items():
-        members = families(name, "trained") if name in kinds() else [name]
+        members = members_of.get(name, [name])
         for family in members:
-            if family not in trained:
+            if family not in allowed:
                 raise FullarcError(
                     f'"{family}" in the mix is not a kind of task or a trained family.',
-                    f"Kinds: {', '.join(kinds())}. Families: {', '.join(sorted(trained))}.",
+                    f"Kinds: {', '.join(kinds())}. Families: {', '.join(sorted(allowed))}.",
                 )
             if not weight >= 0:
                 raise FullarcError(

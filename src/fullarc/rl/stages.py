@@ -63,7 +63,7 @@ def _run(ctx: StageContext, kinds: Sequence[str], teachers: dict[str, Any] | Non
             f"stages.{ctx.name}.max_len is {ctx.stage.max_len}, the model has {positions} positions.",
             "Lower max_len.",
         )
-    weights = family_weights(ctx.stage.mix, kinds)
+    weights = family_weights(ctx.stage.mix, kinds, ctx.recipe.tasks.families)
     untaught = [family for family in weights if teachers and get(family).kind not in teachers]
     if untaught:
         raise FullarcError(

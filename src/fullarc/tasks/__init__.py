@@ -20,7 +20,7 @@ from fullarc.tasks.base import (
     split_of,
 )
 from fullarc.tasks.demos import demos
-from fullarc.tasks.registry import families, get, kinds
+from fullarc.tasks.registry import families, get, kinds, trained
 
 __all__ = [
     "EnvError",
@@ -39,4 +39,5 @@ __all__ = [
     "outcome_from_dict",
     "outcome_to_dict",
     "split_of",
+    "trained",
 ]

@@ -19,8 +19,7 @@ from fullarc.config.files import atomic_dir, atomic_write, is_complete
 from fullarc.config.seeds import derive
 from fullarc.sandbox import Limits, Sandbox
 from fullarc.tasks.base import Instance, Reward, Step, instance_seed
-from fullarc.tasks.registry import families as family_names
-from fullarc.tasks.registry import get, kinds
+from fullarc.tasks.registry import get, kinds, trained
 
 MISTAKES = 0.15  # share of terminal demonstrations that begin with a wrong file name
 THREADS = 4
@@ -39,7 +38,7 @@ def write_language(ctx: StageContext) -> dict[str, Any]:
     """
     texts = []
     for kind in kinds():
-        for family in family_names(kind, "trained"):
+        for family in trained(kind, ctx.recipe.tasks.families):
             for i in range(LANGUAGE_INSTANCES):
                 instance = _instance(family, derive(ctx.seed, "language") + i)
                 said = [f"{step.thought}\n{step.command or step.answer}" for step in instance.solution]
@@ -60,7 +59,8 @@ def run_stage(ctx: StageContext) -> dict[str, Any]:
         for kind, share in mix.items():
             n = round(ctx.stage.demos * share / sum(mix.values()))
             seed = derive(ctx.seed, ctx.name)
-            found += demos(kind, n, seed, check_every=CHECK_EVERY, limits=limits, backend=settings.backend)
+            names = trained(kind, ctx.recipe.tasks.families)
+            found += demos(kind, n, seed, names, CHECK_EVERY, limits, settings.backend)
             ctx.log(len(found), total=ctx.stage.demos, conversations=len(found))
         random.Random(derive(ctx.seed, ctx.name, "order")).shuffle(found)
         with atomic_dir(folder) as temp:
@@ -92,11 +92,7 @@ def demos(
         FullarcError: a family is unknown or held out.
         InfraError: no sandbox can be started (terminal only).
     """
-    trained = family_names(kind, "trained")
-    chosen = list(families) if families is not None else trained
-    for family in chosen:
-        if family not in trained:
-            raise FullarcError(f'"{family}" is not a trained family of {kind}.', f"Use {', '.join(trained)}.")
+    chosen = trained(kind, {} if families is None else {kind: families})
     base = derive(seed, "demos", kind)
     jobs = [(chosen[i % len(chosen)], base + i // len(chosen)) for i in range(n)]
     if kind != "terminal":

@@ -1,5 +1,6 @@
 """All task families by name; kinds are imported when they are first asked for."""
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 
@@ -31,6 +32,22 @@ def families(kind: str, split: str = "trained") -> list[str]:
         for name, task in _tasks(kind).items()
         if split == "all" or task.held_out == (split == "held_out")
     ]
+
+
+def trained(kind: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """The families of `kind` that a run trains on: `chosen[kind]`, or all that may be trained on.
+
+    Raises FullarcError for a kind that does not exist, and for a family that is unknown, held out or named twice.
+    """
+    for name in chosen:
+        _tasks(name)
+    possible = families(kind, "trained")
+    picked = list(chosen.get(kind, possible))
+    for family in picked:
+        if family not in possible or picked.count(family) > 1:
+            reason = "named twice" if family in possible else f"not a {kind} family to train on"
+            raise FullarcError(f'tasks.families: "{family}" is {reason}.', f"Known: {', '.join(possible)}.")
+    return picked
 
 
 def get(family: str) -> Task:

@@ -144,7 +144,8 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}.",
             "Raise model.vocab_size or train the tokenizer again.",
         )
-    return _run_stage(ctx, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init")))
+    induction = ctx.stage.induction
+    return _run_stage(ctx, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init"), induction))
 
 
 def run_midtrain(ctx: StageContext) -> dict[str, float]:
@@ -260,7 +261,12 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         rows=rows,
         batch_rows=stage.batch_rows,
         micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // 2),
-        optim=OptimSettings(kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.grad_clip),
+        optim=OptimSettings(
+            kind=stage.optimizer,
+            weight_decay=stage.weight_decay,
+            clip=stage.grad_clip,
+            adamw_scale=stage.adamw_scale,
+        ),
         lr=schedule(
             peak=stage.lr, final=stage.lr_end, warmup=stage.warmup_steps, total=steps, shape=stage.schedule
         ),

@@ -14,7 +14,7 @@ from fullarc.tasks.terminal.verify import hidden_tests, verify
 from fullarc.tasks.words import COLORS, NATURE, THINGS
 
 ANSWER = "answer.txt"
-DONE = "Done."
+DONE = Step("Finished.", answer="Done.")  # it thinks, as every turn of a rollout does
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Shell(Task):
             ],
             tools=[SHELL_TOOL],
             files=job.files,
-            solution=[*job.steps, Step("", answer=DONE)],
+            solution=[*job.steps, DONE],
             meta={"level": job.level, **job.facts},
             tests=hidden_tests(job.after, job.run),
         )
