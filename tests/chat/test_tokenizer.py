@@ -32,8 +32,10 @@ def test_lone_surrogates_are_replaced(tok):
     assert tok.decode(tok.encode("\ud83d\ude00")) == "😀"
 
 
-def test_digits_single_and_han_bounded(tok):
-    assert [tok.decode([i]) for i in tok.encode("20456")] == list("20456")
+def test_numbers_are_cut_after_three_digits_and_han_after_four(tok):
+    few = Tokenizer.train(["12345 is 12345. " * 50, "other words"], 600)
+    _, offsets = few.encode_with_offsets("12345")
+    assert [end for _, end in offsets][-2:] == [3, 5], "123 and 45 may be tokens, 1234 never"
     text = "我们的模型从文本学习语言"
     _, offsets = tok.encode_with_offsets(text)
     assert all(start // 4 == (end - 1) // 4 for start, end in offsets)

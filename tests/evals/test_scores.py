@@ -82,6 +82,13 @@ def test_a_base_model_is_asked_a_part_of_the_same_questions() -> None:
     assert asked == {f for kind in ("reasoning", "general", "terminal") for f in families(kind, "all")}
 
 
+def test_families_that_a_run_left_out_are_neither_asked_nor_counted() -> None:
+    chosen = {"terminal": ["search"], "reasoning": ["count"], "general": ["json"]}
+    asked = {question.family for question in questions(EvalSettings(), True, chosen)}
+    unseen = {family for kind in chosen for family in families(kind, "held_out")}
+    assert asked == {"search", "count", "json"} | unseen
+
+
 def test_the_run_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/stages/sft/checkpoint"
     assert heldout_of(checkpoint) is None

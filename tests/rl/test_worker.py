@@ -27,6 +27,10 @@ def test_weights_of_kinds_are_shared_by_their_trained_families():
         weights.values()
     ) == pytest.approx(1)
     assert list(family_weights({}, ["terminal"])) == families("terminal", "trained")
+    chosen = {"general": ["json", "upper"]}
+    assert family_weights({"general": 1.0}, [], chosen) == {"json": 0.5, "upper": 0.5}
+    with pytest.raises(FullarcError, match="bullets"):
+        family_weights({"bullets": 1.0}, [], chosen)
     held_out = families("reasoning", "held_out")[0]
     for mix in ({"nonsense": 1.0}, {held_out: 1.0}, {"general": -1.0}, {"general": 0.0}):
         with pytest.raises(FullarcError):

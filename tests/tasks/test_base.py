@@ -21,6 +21,7 @@ from fullarc.tasks import (
     outcome_from_dict,
     outcome_to_dict,
     split_of,
+    trained,
 )
 from fullarc.tasks.base import Task, prompt_bit
 
@@ -34,6 +35,24 @@ def test_there_are_enough_families_and_names_are_unique():
         assert len(trained) >= 6 and len(held_out) >= 2 and not set(trained) & set(held_out)
         assert sorted(trained + held_out) == sorted(families(kind, "all"))
         assert all(get(family).kind == kind for family in trained)
+
+
+def test_a_run_chooses_its_families():
+    assert trained("terminal", {}) == families("terminal", "trained")
+    assert trained("terminal", {"terminal": ["search", "rename"]}) == ["search", "rename"]
+    assert trained("reasoning", {"terminal": ["search"]}) == families("reasoning", "trained")
+    held_out = families("terminal", "held_out")[0]
+    for chosen in ({"terminal": [held_out]}, {"terminal": ["serch"]}, {"terminal": ["search", "search"]}):
+        with pytest.raises(FullarcError, match="tasks.families"):
+            trained("terminal", chosen)
+    with pytest.raises(FullarcError, match='no kind of task "shell"'):
+        trained("terminal", {"shell": ["search"]})
+
+
+@pytest.mark.parametrize("family", families("terminal", "all"))
+def test_every_turn_of_a_demonstration_thinks(family):
+    """A rollout's prompt opens a thought in every turn, so a turn without one could never be sampled."""
+    assert all(step.thought for step in get(family).sample(instance_seed("train", family, 0)).solution)
 
 
 def test_unknown_names_are_said_with_the_known_ones():

@@ -24,7 +24,7 @@ _RL_NANO: Layer = {
     "save_every": 1,
 }
 _RL_2M: Layer = {
-    "steps": 40,
+    "steps": 20,
     "prompts": 8,
     "group_size": 8,
     "lr": 3e-4,
@@ -99,7 +99,7 @@ SIZES: dict[str, Layer] = {
         "stages": {
             "pretrain": _lm(100, 256, 16, 1.5e-2, 3e-3, adamw_scale=3, mtp_rows=0.25, induction=True),
             "midtrain": _lm(
-                80,
+                90,
                 1024,
                 4,
                 1e-2,
@@ -127,7 +127,7 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                150,
+                250,
                 512,
                 8,
                 1.5e-2,
@@ -139,10 +139,10 @@ SIZES: dict[str, Layer] = {
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
-            | {"steps": 30, "prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
+            | {"steps": 20, "prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
             "agentic_rl": _RL_2M,
             "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 16},
-            "distil": _RL_2M | {"steps": 12, "prompts": 64, "group_size": 1},
+            "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
         },
         "eval": {
             "heldout_tokens": 8192,
