@@ -22,7 +22,7 @@ from fullarc.rollout.trajectory import Outcome, Trajectory, read_trajectories
 from fullarc.tasks import get, instance_seed
 
 TEXTS = [
-    f"The ledger number {i} lists {i * 7} red apples and {i} blue boxes. " * (1 + i % 3) for i in range(30)
+    f"The ledger number {i} lists {i * 7} red apples and {i} blue boxes. " * (2 + i % 3) for i in range(30)
 ]
 SMALL = EvalSettings(
     heldout_tokens=500, problems=1, episodes=1, needle_lengths=[160, 64], needles=1, max_new_tokens=6

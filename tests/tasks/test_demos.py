@@ -8,7 +8,7 @@ import pytest
 from fullarc.chat import Message
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
-from fullarc.config.stages import SFT, SandboxSettings
+from fullarc.config.stages import SFT, SandboxSettings, TaskSettings
 from fullarc.tasks import Reward, demos, families, get, split_of
 from fullarc.tasks.demos import CONVERSATIONS, run_stage
 
@@ -75,13 +75,13 @@ def test_seeds_give_different_demonstrations_and_held_out_families_none():
     assert demos("reasoning", 10, seed=1) != demos("reasoning", 10, seed=2)
     assert {c["family"] for c in demos("reasoning", 10, 1, ["add", "count"])} == {"add", "count"}
     for family in families("terminal", "held_out"):
-        with pytest.raises(FullarcError, match="not a trained family"):
+        with pytest.raises(FullarcError, match="not a terminal family to train on"):
             demos("terminal", 1, 1, [family])
 
 
 def context(out, seed=1):
     stage = SFT.model_construct(demos=20, mix={"reasoning": 2, "terminal": 1, "general": 1})
-    recipe = SimpleNamespace(sandbox=SandboxSettings())
+    recipe = SimpleNamespace(sandbox=SandboxSettings(), tasks=TaskSettings())
     return StageContext(recipe, stage, "sft", out, out / "sft", None, seed)
 
 

@@ -11,6 +11,7 @@ so a killed stage goes on; the same settings and files give the same bytes.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ CONVERSATIONS = "demos/conversations.jsonl"
 
 LANGUAGE = "language.jsonl"
 """What the tasks leave for the tokenizer's sample, {"text"} a line; without it the sample is the corpus alone."""
+
+SHORTEST_SYNTHETIC = 128  # tokens of a synthetic long document
 
 _CHAT_SAMPLE = (
     300  # times that the tools block is shown to the tokenizer, so that its words become single tokens
@@ -90,7 +93,7 @@ def pack_conversations(ctx: StageContext) -> dict[str, Any]:
         if isinstance(ctx.stage, Midtrain):
             midtrain_rows(documents, conversations, tok, rows, ctx.stage, _tokens(ctx), seed)
         else:
-            needles = needle_conversations(documents, len(conversations) // 40, seed)
+            needles = needle_conversations(documents, math.ceil(len(conversations) / 40), seed)
             sft_rows([*conversations, *needles], tok, rows, ctx.stage.seq_len)
     meta = json.loads((rows / "meta.json").read_text())
     return {f"rows_{key}": meta[key] for key in ("n_tokens", "n_targets", "fill")}
@@ -152,7 +155,9 @@ def midtrain_rows(
     trajectories = [render_whole(tok, one) for one in conversations]
     share = settings.trajectory_share if trajectories else 0.0
     synthetic = tokens * settings.synthetic_share
-    lengths = [length, length // 2, length // 4, length // 2]  # near facts are found first, far ones later
+    short = min(length, SHORTEST_SYNTHETIC)
+    # near facts are found first, far ones later
+    lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
     cycle = sum(lengths)
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
     docs: dict[str, list[Doc]] = {
