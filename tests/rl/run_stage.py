@@ -15,7 +15,7 @@ from rl_support import NANO, GlmMoeDsa, save_model, settings, tokenizer
 from fullarc.chat import Message, render
 from fullarc.config.context import StageContext
 from fullarc.config.files import is_complete
-from fullarc.config.stages import EngineSettings, SandboxSettings
+from fullarc.config.stages import EngineSettings, SandboxSettings, TaskSettings
 from fullarc.rl.stages import run_agentic, run_distil
 from fullarc.tasks import demos
 
@@ -62,7 +62,9 @@ def main(folder: Path, name: str) -> None:
             save_model(taught(model) if target == "start" else model, folder / target, folder / "tokenizer")
     run, changes = STAGES[name]
     stage = settings(type=name, group_size=1 if name == "distil" else 4, **SIZES | changes)
-    recipe = SimpleNamespace(engine=EngineSettings(), sandbox=SandboxSettings(), threads=1)
+    recipe = SimpleNamespace(
+        engine=EngineSettings(), sandbox=SandboxSettings(), tasks=TaskSettings(), threads=1
+    )
     ctx = StageContext(recipe, stage, name, folder, folder / "stages" / name, folder / "start", 0)
     ctx.log = lambda step, **metrics: say("step", step=step, **metrics)
     ctx.event = say
