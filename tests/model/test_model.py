@@ -101,12 +101,10 @@ def test_a_start_with_induction_prefers_what_followed_before(size: str) -> None:
     assert first < plain_first + 0.15, "it costs nothing where there is nothing to look up"
 
 
-def test_models_too_small_for_induction_keep_their_random_start() -> None:
-    small = tiny_config(num_hidden_layers=1, first_k_dense_replace=1)
-    assert torch.equal(
-        GlmMoeDsa(small).init_weights(0, True).embed_tokens.weight,
-        GlmMoeDsa(small).init_weights(0).embed_tokens.weight,
-    )
+@pytest.mark.parametrize("less", [{"num_hidden_layers": 1, "first_k_dense_replace": 1}, {"kv_lora_rank": 2}])
+def test_a_model_without_room_for_induction_heads_says_so(less: dict[str, int]) -> None:
+    with pytest.raises(FullarcError, match="needs two layers"):
+        GlmMoeDsa(tiny_config(**less)).init_weights(0, induction=True)
 
 
 # --- documents stay apart --------------------

@@ -21,7 +21,6 @@ from fullarc.tasks import (
     outcome_from_dict,
     outcome_to_dict,
     split_of,
-    trained,
 )
 from fullarc.tasks.base import Task, prompt_bit
 
@@ -38,15 +37,16 @@ def test_there_are_enough_families_and_names_are_unique():
 
 
 def test_a_run_chooses_its_families():
-    assert trained("terminal", {}) == families("terminal", "trained")
-    assert trained("terminal", {"terminal": ["search", "rename"]}) == ["search", "rename"]
-    assert trained("reasoning", {"terminal": ["search"]}) == families("reasoning", "trained")
-    held_out = families("terminal", "held_out")[0]
-    for chosen in ({"terminal": [held_out]}, {"terminal": ["serch"]}, {"terminal": ["search", "search"]}):
-        with pytest.raises(FullarcError, match="tasks.families"):
-            trained("terminal", chosen)
+    chosen, held_out = {"terminal": ["search", "rename"]}, families("terminal", "held_out")
+    assert families("terminal", "trained", chosen) == ["search", "rename"]
+    assert families("terminal", "held_out", chosen) == held_out
+    assert families("terminal", "all", chosen) == ["search", "rename", *held_out]
+    assert families("reasoning", "trained", chosen) == families("reasoning")
+    for wrong in ([held_out[0]], ["serch"], ["search", "search"], []):
+        with pytest.raises(FullarcError, match="tasks.families.terminal"):
+            families("terminal", "trained", {"terminal": wrong})
     with pytest.raises(FullarcError, match='no kind of task "shell"'):
-        trained("terminal", {"shell": ["search"]})
+        families("terminal", "trained", {"shell": ["search"]})
 
 
 @pytest.mark.parametrize("family", families("terminal", "all"))

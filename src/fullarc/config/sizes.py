@@ -139,7 +139,7 @@ SIZES: dict[str, Layer] = {
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
-            | {"steps": 20, "prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
+            | {"prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
             "agentic_rl": _RL_2M,
             "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 16},
             "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},

@@ -28,7 +28,7 @@ from fullarc.evals.episodes import Question, ask_all
 from fullarc.evals.scores import Score, Scores
 from fullarc.rollout.episodes import Limits
 from fullarc.rollout.trajectory import Trajectory, write_trajectories
-from fullarc.tasks import families, trained
+from fullarc.tasks import families
 
 BASE_SHARE = 4
 BASE_NEW_TOKENS = 48
@@ -184,11 +184,9 @@ def questions(
         return range(count if chats else max(1, count // BASE_SHARE))
 
     counts = {"reasoning": settings.problems, "general": settings.instructions, "terminal": settings.episodes}
-    return [Question(f, i) for kind, n in counts.items() for f in _asked(kind, chosen or {}) for i in some(n)]
-
-
-def _asked(kind: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
-    return [*trained(kind, chosen), *families(kind, "held_out")]
+    return [
+        Question(f, i) for kind, n in counts.items() for f in families(kind, "all", chosen) for i in some(n)
+    ]
 
 
 def _limits(job: Job, engine: Engine) -> Limits:
@@ -209,15 +207,18 @@ def add_episodes(
     for episode in usable:
         by_family.setdefault(episode.task, []).append(value(episode))
     for kind, name in (("reasoning", "reasoning"), ("terminal", "agent")):
-        for names, seen in ((trained(kind, chosen or {}), "seen"), (families(kind, "held_out"), "unseen")):
-            wins = {f: [float(v >= 1.0) for v in by_family[f]] for f in names if f in by_family}
+        for split, seen in (("trained", "seen"), ("held_out", "unseen")):
+            names = [family for family in families(kind, split, chosen) if family in by_family]
+            wins = {f: [float(v >= 1.0) for v in by_family[f]] for f in names}
             if wins:
                 scores.scores[f"{name}_{seen}"] = Score.of_share(
                     [win for family in wins.values() for win in family]
                 )
                 by_name = {family: Score.of_share(list(results)) for family, results in wins.items()}
                 scores.families.setdefault(name, {}).update(by_name)
-    general = {family: by_family[family] for family in families("general", "all") if family in by_family}
+    general = {
+        family: by_family[family] for family in families("general", "all", chosen) if family in by_family
+    }
     if general:
         scores.scores["general"] = Score.of_mean([v for values in general.values() for v in values])
         scores.families["general"] = {family: Score.of_mean(values) for family, values in general.items()}

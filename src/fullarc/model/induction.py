@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -33,16 +34,18 @@ READOUT = 0.05  # weight with which the output layer begins to read what was cop
 
 @torch.no_grad()
 def start_with_induction(model: "GlmMoeDsa", generator: torch.Generator) -> None:
-    """Overwrite parts of a freshly drawn model; needs two layers and two heads, does nothing in a smaller one."""
+    """Overwrite parts of a freshly drawn model. Raises FullarcError if it has no room for the heads."""
     config = model.config
-    if config.num_hidden_layers < 2 or config.num_attention_heads < 2:
-        return
     d, latent, value = config.hidden_size, config.kv_lora_rank, config.v_head_dim
     constants = max(1, round(d * CONSTANT_SHARE))
     n = min(config.qk_nope_head_dim, value, config.q_lora_rank // 2, latent // 3, (d - constants) // 4)
     copied = min(value, latent - 2 * n, d - constants - 2 * n)
-    layers = [cast("DecoderLayer", layer) for layer in model.layers[:2]]
-    first, second = layers[0].self_attn, layers[1].self_attn
+    if config.num_hidden_layers < 2 or config.num_attention_heads < 2 or n < 1:
+        raise FullarcError(
+            "A start with induction heads needs two layers, two heads and a kv_lora_rank of at least 3.",
+            "Set stages.pretrain.induction = false.",
+        )
+    first, second = (cast("DecoderLayer", layer).self_attn for layer in model.layers[:2])
 
     def directions(count: int) -> Tensor:
         """`count` orthonormal columns [D, count], clear of the constant coordinates."""
@@ -50,7 +53,7 @@ def start_with_induction(model: "GlmMoeDsa", generator: torch.Generator) -> None
         return torch.cat((torch.zeros(constants, count), basis))
 
     model.embed_tokens.weight[:, :constants] = CONSTANT
-    look_back(first, config, constants)
+    _look_back(first, config, constants)
     previous_Dn, before_Dn, output_DK = directions(2 * n + copied).split((n, n, copied), 1)
     compared_Dn, content_DK = directions(n), directions(copied)
 
@@ -71,7 +74,7 @@ def start_with_induction(model: "GlmMoeDsa", generator: torch.Generator) -> None
     model.lm_head.weight += READOUT * model.embed_tokens.weight @ content_DK @ output_DK.T
 
 
-def look_back(attention: "MLA", config: ModelConfig, constants: int) -> None:
+def _look_back(attention: "MLA", config: ModelConfig, constants: int) -> None:
     """Point head b = 0, 1 at position i - 1 - b, given that `constants` coordinates are the same in all tokens.
 
     A score by position alone needs a part of q and k that all tokens share, and MLA has no biases: the constant

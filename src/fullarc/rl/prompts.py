@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
-from fullarc.tasks import Instance, get, instance_seed, kinds, trained
+from fullarc.tasks import Instance, families, get, instance_seed, kinds
 
 NUMBERS = 10**9  # instances per family that RL draws from
 
@@ -25,7 +25,7 @@ def family_weights(
     Raises FullarcError for an unknown or held-out family and for weights that are not positive.
     """
     weights: dict[str, float] = {}
-    members_of = {kind: trained(kind, chosen or {}) for kind in kinds()}
+    members_of = {kind: families(kind, "trained", chosen) for kind in kinds()}
     allowed = {family for members in members_of.values() for family in members}
     for name, weight in (mix or dict.fromkeys(default_kinds, 1.0)).items():
         members = members_of.get(name, [name])

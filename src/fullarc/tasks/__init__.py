@@ -20,7 +20,7 @@ from fullarc.tasks.base import (
     split_of,
 )
 from fullarc.tasks.demos import demos
-from fullarc.tasks.registry import families, get, kinds, trained
+from fullarc.tasks.registry import families, get, kinds
 
 __all__ = [
     "EnvError",
@@ -39,5 +39,4 @@ __all__ = [
     "outcome_from_dict",
     "outcome_to_dict",
     "split_of",
-    "trained",
 ]

@@ -19,7 +19,8 @@ from fullarc.config.files import atomic_dir, atomic_write, is_complete
 from fullarc.config.seeds import derive
 from fullarc.sandbox import Limits, Sandbox
 from fullarc.tasks.base import Instance, Reward, Step, instance_seed
-from fullarc.tasks.registry import get, kinds, trained
+from fullarc.tasks.registry import families as family_names
+from fullarc.tasks.registry import get, kinds
 
 MISTAKES = 0.15  # share of terminal demonstrations that begin with a wrong file name
 THREADS = 4
@@ -38,7 +39,7 @@ def write_language(ctx: StageContext) -> dict[str, Any]:
     """
     texts = []
     for kind in kinds():
-        for family in trained(kind, ctx.recipe.tasks.families):
+        for family in family_names(kind, chosen=ctx.recipe.tasks.families):
             for i in range(LANGUAGE_INSTANCES):
                 instance = _instance(family, derive(ctx.seed, "language") + i)
                 said = [f"{step.thought}\n{step.command or step.answer}" for step in instance.solution]
@@ -59,7 +60,7 @@ def run_stage(ctx: StageContext) -> dict[str, Any]:
         for kind, share in mix.items():
             n = round(ctx.stage.demos * share / sum(mix.values()))
             seed = derive(ctx.seed, ctx.name)
-            names = trained(kind, ctx.recipe.tasks.families)
+            names = family_names(kind, chosen=ctx.recipe.tasks.families)
             found += demos(kind, n, seed, names, CHECK_EVERY, limits, settings.backend)
             ctx.log(len(found), total=ctx.stage.demos, conversations=len(found))
         random.Random(derive(ctx.seed, ctx.name, "order")).shuffle(found)
@@ -92,7 +93,7 @@ def demos(
         FullarcError: a family is unknown or held out.
         InfraError: no sandbox can be started (terminal only).
     """
-    chosen = trained(kind, {} if families is None else {kind: families})
+    chosen = family_names(kind, chosen=None if families is None else {kind: families})
     base = derive(seed, "demos", kind)
     jobs = [(chosen[i % len(chosen)], base + i // len(chosen)) for i in range(n)]
     if kind != "terminal":

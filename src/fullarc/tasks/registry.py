@@ -23,31 +23,38 @@ def _tasks(kind: str) -> dict[str, Task]:
     return {task.family: task for task in tasks}
 
 
-def families(kind: str, split: str = "trained") -> list[str]:
-    """Names of the families of `kind`: "trained" (seen in training), "held_out" (never seen) or "all", in order."""
+def families(
+    kind: str, split: str = "trained", chosen: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Names of the families of `kind`: "trained" (seen in training), "held_out" (never seen) or "all" of them.
+
+    Args:
+        chosen: a recipe's `tasks.families`: per kind, the only ones that are trained; a kind not named has all.
+
+    Raises:
+        FullarcError: no such kind or group, or `chosen` names what may not be trained on, twice, or nothing.
+    """
     if split not in ("trained", "held_out", "all"):
         raise FullarcError(f'There is no group of families "{split}".', 'Use "trained", "held_out" or "all".')
-    return [
-        name
-        for name, task in _tasks(kind).items()
-        if split == "all" or task.held_out == (split == "held_out")
-    ]
-
-
-def trained(kind: str, chosen: Mapping[str, Sequence[str]]) -> list[str]:
-    """The families of `kind` that a run trains on: `chosen[kind]`, or all that may be trained on.
-
-    Raises FullarcError for a kind that does not exist, and for a family that is unknown, held out or named twice.
-    """
-    for name in chosen:
+    for name in chosen or {}:
         _tasks(name)
-    possible = families(kind, "trained")
-    picked = list(chosen.get(kind, possible))
-    for family in picked:
-        if family not in possible or picked.count(family) > 1:
-            reason = "named twice" if family in possible else f"not a {kind} family to train on"
-            raise FullarcError(f'tasks.families: "{family}" is {reason}.', f"Known: {', '.join(possible)}.")
-    return picked
+    held_out = [name for name, task in _tasks(kind).items() if task.held_out]
+    possible = [name for name in _tasks(kind) if name not in held_out]
+    trained = list((chosen or {}).get(kind, possible))
+    wrong = {
+        "not a family of its kind that may be trained on": [n for n in trained if n not in possible],
+        "named twice": [n for n in trained if trained.count(n) > 1],
+    }
+    for reason, names in wrong.items():
+        if names:
+            raise FullarcError(
+                f'tasks.families.{kind}: "{names[0]}" is {reason}.', f"Known: {', '.join(possible)}."
+            )
+    if not trained:
+        raise FullarcError(
+            f"tasks.families.{kind} is empty.", "To leave a kind out, take it out of the stages' mix."
+        )
+    return {"trained": trained, "held_out": held_out, "all": [*trained, *held_out]}[split]
 
 
 def get(family: str) -> Task:
