@@ -21,7 +21,7 @@ from fullarc.config.errors import FullarcError, Interrupted
 from fullarc.config.files import atomic_write, verify_manifest
 from fullarc.config.machine import machine
 from fullarc.config.recipe import Recipe, Resolved
-from fullarc.config.runfolder import RunFolder, digest
+from fullarc.config.runfolder import RESOLVED, RunFolder, digest
 from fullarc.config.show import to_toml
 from fullarc.config.stages import Distil
 
@@ -128,7 +128,7 @@ def run(
             _move_aside(folder, steps, restart_from)
         todo = steps if not only else [_find(steps, only)]
         _check_settings(folder, todo)
-        atomic_write(folder.path / "recipe.resolved.toml", to_toml(resolved))
+        atomic_write(folder.path / RESOLVED, to_toml(resolved))
         done = [step.name for step in todo if folder.is_done(step.name)]
         folder.event(
             "run_resume" if done else "run_start",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,24 @@ def test_a_whole_evaluation_writes_its_files_and_repeats_itself(checkpoint: Path
     assert scores["format_errors"].value > 0.9 and scores["reasoning_seen"].value == 0.0
     assert "needle_64 multi_key" in scores.skipped and "needle_64" not in scores.scores
     assert Scores.load(tmp_path / "a/scores.json").scores == scores.scores
+
+
+def test_the_families_and_settings_are_those_of_the_run(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families = '{terminal = ["rename"], reasoning = ["count"], general = ["json"]}'
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parents[2], run)
+    sizes = [f"{k} = {json.dumps(v)}" for k, v in SMALL.model_dump().items()]
+    text = f'size = "nano"\n[tasks]\nfamilies = {families}\n[eval]\n' + "\n".join(sizes) + "\n"
+    (run / "recipe.resolved.toml").write_text(text)
+    assert (
+        main([str(run / checkpoint.relative_to(checkpoint.parents[2])), "--base", "--out", str(tmp_path)])
+        == 0
+    )
+    asked = Scores.load(tmp_path / "scores.json").families
+    assert "rename" in asked["agent"] and "search" not in asked["agent"]
+    assert "count" in asked["reasoning"] and "extreme" not in asked["reasoning"]
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,10 @@ import pytest
 from fullarc.chat import Message
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
+from fullarc.config.runfolder import CONVERSATIONS
 from fullarc.config.stages import SFT, SandboxSettings, TaskSettings
 from fullarc.tasks import Reward, demos, families, get, split_of
-from fullarc.tasks.demos import CONVERSATIONS, run_stage
+from fullarc.tasks.demos import run_stage
 
 
 def calls(conversation) -> list[str]:
@@ -87,7 +88,7 @@ def context(out, seed=1):
 
 def test_the_stage_writes_once_and_mixes(tmp_path):
     assert run_stage(context(tmp_path)) == {"demos": 20}
-    file = tmp_path / "sft" / "demos" / CONVERSATIONS
+    file = tmp_path / "sft" / CONVERSATIONS
     first = file.read_bytes()
     kinds = [json.loads(line)["kind"] for line in first.splitlines()]
     assert {kind: kinds.count(kind) for kind in kinds} == {"reasoning": 10, "terminal": 5, "general": 5}

@@ -21,6 +21,15 @@ from typing import Any
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import append_jsonl, atomic_write, read_jsonl
 
+RESOLVED = "recipe.resolved.toml"
+"""The run's recipe, every value written out."""
+
+CONVERSATIONS = "demos/conversations.jsonl"
+"""Demonstrations in a stage's folder, one a line: messages (OpenAI's form), tools, perhaps clear_thinking."""
+
+LANGUAGE = "language.jsonl"
+"""In the data folder, what training tasks say, {"text"} a line: a part of the tokenizer's sample."""
+
 
 def digest(*parts: Any) -> str:
     """Hex SHA-256 of JSON-able parts, independent of key order."""

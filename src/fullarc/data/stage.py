@@ -21,17 +21,12 @@ from fullarc.chat import Message, NoTrainableTokens, Tokenizer, render_example, 
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, is_complete, read_jsonl, verify_manifest
+from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
 from fullarc.config.seeds import derive
 from fullarc.config.stages import DSA, Midtrain, Pretrain
 from fullarc.data.corpus import Document, build_corpus, read_documents
 from fullarc.data.longctx import Filler, conversation, document
 from fullarc.data.pack import Doc, own_tokens, pack_concat, pack_sharing, write_rows
-
-CONVERSATIONS = "demos/conversations.jsonl"
-"""What the tasks leave in a stage's folder, one a line: messages (OpenAI's form), tools, perhaps clear_thinking."""
-
-LANGUAGE = "language.jsonl"
-"""What the tasks leave for the tokenizer's sample, {"text"} a line; without it the sample is the corpus alone."""
 
 SHORTEST_SYNTHETIC = 128  # tokens of a synthetic long document
 

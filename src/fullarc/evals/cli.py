@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fullarc.config.recipe import load_recipe
+from fullarc.config.runfolder import RESOLVED
 from fullarc.evals.scores import column, order
 
 
@@ -17,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. eval.problems=64 eval.temperature=1.0"
     )
-    parser.add_argument("--recipe", type=Path, help="take the eval and sandbox settings from this file")
+    parser.add_argument(
+        "--recipe", type=Path, help="take the families and the settings from this file; default: its run's"
+    )
     parser.add_argument(
         "--heldout", type=Path, metavar="DIR", help="held-out documents; default: those of its run"
     )
@@ -27,9 +30,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--base", action="store_true", help="the model has not learnt to chat: ask it less")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
-    recipe = load_recipe(arguments.recipe, arguments.overrides).recipe
-    from fullarc.evals.stage import Job, evaluate, heldout_of
+    from fullarc.evals.stage import Job, evaluate, heldout_of, run_of
 
+    own = run_of(arguments.model) / RESOLVED
+    source = arguments.recipe or (own if own.is_file() else None)
+    recipe = load_recipe(source, arguments.overrides).recipe
     heldout = arguments.heldout or heldout_of(arguments.model)
     job = Job(
         arguments.model.name, arguments.model, recipe.eval, recipe.sandbox, heldout, not arguments.base,

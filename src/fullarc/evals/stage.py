@@ -76,9 +76,14 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {key: score.value for key, score in scores.scores.items()}
 
 
+def run_of(model_dir: Path) -> Path:
+    """Where the run folder of a checkpoint `<run>/stages/<stage>/checkpoint` is, if it belongs to one."""
+    return Path(model_dir).resolve().parent.parent.parent
+
+
 def heldout_of(model_dir: Path) -> Path | None:
-    """The held-out documents of the run that a checkpoint `<run>/stages/<stage>/checkpoint` belongs to, if any."""
-    folder = Path(model_dir).resolve().parents[2] / "data" / "heldout"
+    """The held-out documents of the run that a checkpoint belongs to, if any."""
+    folder = run_of(model_dir) / "data" / "heldout"
     return folder if folder.is_dir() else None
 
 

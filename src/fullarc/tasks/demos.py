@@ -16,6 +16,7 @@ from fullarc.agent.tools import format_result
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, atomic_write, is_complete
+from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
 from fullarc.config.seeds import derive
 from fullarc.sandbox import Limits, Sandbox
 from fullarc.tasks.base import Instance, Reward, Step, instance_seed
@@ -25,8 +26,6 @@ from fullarc.tasks.registry import get, kinds
 MISTAKES = 0.15  # share of terminal demonstrations that begin with a wrong file name
 THREADS = 4
 CHECK_EVERY = 10  # in a stage, one demonstration out of so many is graded; the tests grade them all
-CONVERSATIONS = "conversations.jsonl"
-LANGUAGE = "language.jsonl"
 LANGUAGE_INSTANCES = 60
 MIDTRAIN_MIX = {"terminal": 0.7, "reasoning": 0.3}
 
@@ -51,7 +50,8 @@ def write_language(ctx: StageContext) -> dict[str, Any]:
 
 def run_stage(ctx: StageContext) -> dict[str, Any]:
     """Write `ctx.stage.demos` conversations to `ctx.out/demos/conversations.jsonl`, in mixed order; once."""
-    folder = ctx.out / "demos"
+    file = ctx.out / CONVERSATIONS
+    folder = file.parent
     if not is_complete(folder):
         settings = ctx.recipe.sandbox
         limits = Limits(wall_s=settings.timeout_s, memory_mb=settings.memory_mb)
@@ -66,8 +66,8 @@ def run_stage(ctx: StageContext) -> dict[str, Any]:
         random.Random(derive(ctx.seed, ctx.name, "order")).shuffle(found)
         with atomic_dir(folder) as temp:
             lines = [json.dumps(conversation, ensure_ascii=False) for conversation in found]
-            (temp / CONVERSATIONS).write_text("\n".join(lines) + "\n")
-    return {"demos": sum(1 for _ in open(folder / CONVERSATIONS))}
+            (temp / file.name).write_text("\n".join(lines) + "\n")
+    return {"demos": sum(1 for _ in open(file))}
 
 
 def demos(

@@ -14,6 +14,7 @@ from typing import Any
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import read_jsonl
 from fullarc.config.machine import machine
+from fullarc.config.runfolder import RESOLVED
 from fullarc.view.arc import describe
 from fullarc.view.charts import thin
 from fullarc.view.trajectories import pick
@@ -101,7 +102,7 @@ def read_object(path: Path, warnings: list[str]) -> dict[str, Any]:
 
 
 def _recipe(run_dir: Path, warnings: list[str]) -> dict[str, Any]:
-    path = run_dir / "recipe.resolved.toml"
+    path = run_dir / RESOLVED
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
