@@ -12,8 +12,9 @@ from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, is_complete
 from fullarc.config.recipe import load_recipe
+from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
 from fullarc.data import read_documents, read_rows
-from fullarc.data.stage import CONVERSATIONS, build_tokenizer, pack_conversations, run, sft_rows
+from fullarc.data.stage import build_tokenizer, pack_conversations, run, sft_rows
 
 CHAT = {
     "messages": [
@@ -31,9 +32,11 @@ CHAT = {
 }
 
 
-def context(tmp_path, folder, name="data", run_name="run"):
+def context(tmp_path, folder, name="data", run_name="run", more=()):
     overrides = ["size=nano", f'data.sources=["{folder}"]', f'runs_dir="{tmp_path}"', f"name={run_name}"]
-    recipe = load_recipe(None, [*overrides, "stages.midtrain.seq_len=256", "model.vocab_size=512"]).recipe
+    recipe = load_recipe(
+        None, [*overrides, "stages.midtrain.seq_len=256", "model.vocab_size=512", *more]
+    ).recipe
     stage = recipe.data if name == "data" else recipe.stages[name]
     out = recipe.run_dir / "stages" / name
     if name != "data":
@@ -165,3 +168,14 @@ def test_words_of_the_tools_block_are_single_tokens(done, tmp_path, folder):
     for word in ("function", " signatures", " arguments", "command", "properties", " following"):
         assert len(tok.encode(word)) == 1, word
     assert np.mean([len(tok.encode(d.text)) / len(d.text) for d in documents]) < 0.5
+
+
+def test_the_tasks_language_enters_the_tokenizer_as_often_as_its_weight_says(tmp_path, folder):
+    pieces = []
+    for weight in (0, 1, 1000):
+        ctx = context(tmp_path, folder, run_name=f"run{weight}", more=[f"data.language_weight={weight}"])
+        ctx.out.mkdir(parents=True)
+        (ctx.out / LANGUAGE).write_text('{"text": "rename zebraphone"}\n')
+        run(ctx)
+        pieces.append(len(Tokenizer.load(ctx.run_dir / "data" / "tokenizer").encode(" zebraphone")))
+    assert pieces[0] >= pieces[1] > pieces[2] == 1, "every merge of the word, once it is frequent enough"

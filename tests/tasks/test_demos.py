@@ -8,10 +8,10 @@ import pytest
 from fullarc.chat import Message
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
-from fullarc.config.runfolder import CONVERSATIONS
+from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
 from fullarc.config.stages import SFT, SandboxSettings, TaskSettings
 from fullarc.tasks import Reward, demos, families, get, split_of
-from fullarc.tasks.demos import run_stage
+from fullarc.tasks.demos import run_stage, write_language
 
 
 def calls(conversation) -> list[str]:
@@ -80,9 +80,9 @@ def test_seeds_give_different_demonstrations_and_held_out_families_none():
             demos("terminal", 1, 1, [family])
 
 
-def context(out, seed=1):
+def context(out, seed=1, families=None):
     stage = SFT.model_construct(demos=20, mix={"reasoning": 2, "terminal": 1, "general": 1})
-    recipe = SimpleNamespace(sandbox=SandboxSettings(), tasks=TaskSettings())
+    recipe = SimpleNamespace(sandbox=SandboxSettings(), tasks=TaskSettings(families=families or {}))
     return StageContext(recipe, stage, "sft", out, out / "sft", None, seed)
 
 
@@ -99,3 +99,23 @@ def test_the_stage_writes_once_and_mixes(tmp_path):
     file.unlink()
     run_stage(context(tmp_path))
     assert file.read_bytes() == first
+
+
+def test_the_tokenizer_hears_what_the_chosen_families_say(tmp_path):
+    chosen = {"terminal": ["rename"], "reasoning": ["rotate"], "general": ["json"]}
+    texts = []
+    for name, names in (("a", chosen), ("b", chosen), ("c", None)):
+        ctx = context(tmp_path / name, families=names)
+        ctx.out.mkdir(parents=True)
+        write_language(ctx)
+        texts.append((ctx.out / LANGUAGE).read_text())
+    assert texts[0] == texts[1]
+    for words, heard in (
+        ("mv ", True),
+        ("go last", True),
+        ("JSON", True),
+        ("grep -c", False),
+        ("awk", False),
+    ):
+        assert (words in texts[0]) is heard, words
+        assert words in texts[2], "all families speak where none are chosen"
