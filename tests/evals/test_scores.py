@@ -87,6 +87,17 @@ def test_families_that_a_run_left_out_are_neither_asked_nor_counted() -> None:
     asked = {question.family for question in questions(EvalSettings(), True, chosen)}
     unseen = {family for kind in chosen for family in families(kind, "held_out")}
     assert asked == {"search", "count", "json"} | unseen
+    scores = Scores("x")
+    won, lost = Outcome("reward", 1.0), Outcome("reward", 0.0)
+    episodes = [
+        _episode("search", won),
+        _episode("rename", lost),
+        _episode("json", won),
+        _episode("upper", lost),
+    ]
+    add_episodes(scores, episodes, chosen)
+    assert (scores["agent_seen"].value, scores["agent_seen"].n) == (1.0, 1)
+    assert (scores["general"].value, scores["general"].n) == (1.0, 1)
 
 
 def test_the_run_of_a_checkpoint_is_found(tmp_path: Path) -> None:

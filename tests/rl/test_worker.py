@@ -1,15 +1,18 @@
 """Prompts of a batch, and the worker's batches against a scripted engine."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from rl_support import tokenizer
+from rl_support import nano, save_model, settings, tokenizer
 
+from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
-from fullarc.config.stages import SandboxSettings
+from fullarc.config.stages import SandboxSettings, TaskSettings
 from fullarc.rl.prompts import family_weights, prompts
 from fullarc.rl.rollouts import batch_path
+from fullarc.rl.stages import run_reasoning
 from fullarc.rl.worker import Sampler, WorkerJob
 from fullarc.rollout.engine_client import EngineClient
 from fullarc.rollout.fake import FakeEngine
@@ -35,6 +38,14 @@ def test_weights_of_kinds_are_shared_by_their_trained_families():
     for mix in ({"nonsense": 1.0}, {held_out: 1.0}, {"general": -1.0}, {"general": 0.0}):
         with pytest.raises(FullarcError):
             family_weights(mix, [])
+
+
+def test_a_stage_asks_the_families_of_its_run_only(tmp_path):
+    save_model(nano(), tmp_path / "model")
+    recipe = SimpleNamespace(tasks=TaskSettings(families={"reasoning": ["count"]}))
+    stage = settings(mix={"rotate": 1.0})
+    with pytest.raises(FullarcError, match='"rotate" in the mix is not'):
+        run_reasoning(StageContext(recipe, stage, "rl", tmp_path, tmp_path / "rl", tmp_path / "model", 0))
 
 
 def test_prompts_are_a_function_of_the_seed_and_keep_the_shares():

@@ -99,6 +99,12 @@ def test_the_stage_writes_once_and_mixes(tmp_path):
     file.unlink()
     run_stage(context(tmp_path))
     assert file.read_bytes() == first
+    few = context(
+        tmp_path / "few", families={"terminal": ["rename"], "reasoning": ["count"], "general": ["json"]}
+    )
+    run_stage(few)
+    lines = (few.out / CONVERSATIONS).read_text().splitlines()
+    assert {json.loads(line)["family"] for line in lines} == {"rename", "count", "json"}
 
 
 def test_the_tokenizer_hears_what_the_chosen_families_say(tmp_path):

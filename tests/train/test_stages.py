@@ -1,6 +1,7 @@
 """The four stages in order at toy size, through the settings a recipe gives them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,3 +100,30 @@ def test_bad_input_is_named(run):
         run("pretrain", seq_len=64)
     with pytest.raises(FullarcError, match="midtrain needs a model"):
         run("midtrain")
+
+
+def test_pretraining_starts_as_it_is_told(run):
+    _, plain, _, _ = run("pretrain", steps=0, induction=False)
+    embeddings = load_model(plain.checkpoint).embed_tokens.weight
+    shutil.rmtree(plain.out)
+    _, induction, _, _ = run("pretrain", steps=0, induction=True)
+    constant = (load_model(induction.checkpoint).embed_tokens.weight.std(0) == 0).sum()
+    assert constant > 0 and (embeddings.std(0) == 0).sum() == 0
+
+
+def test_the_rate_of_the_adamw_group_is_relative(run):
+    weights = []
+    for scale in (1.0, 0.001):
+        _, ctx, _, _ = run("pretrain", steps=1, lr=1e-2, warmup_steps=0, adamw_scale=scale)
+        weights.append(load_model(ctx.checkpoint).state_dict())
+        shutil.rmtree(ctx.out)
+    _, start, _, _ = run("pretrain", steps=0)
+    first = load_model(start.checkpoint).state_dict()
+
+    def moved(name: str) -> list[float]:
+        return [float((after[name] - first[name]).abs().max()) for after in weights]
+
+    fast, slow = moved("lm_head.weight")
+    assert fast == pytest.approx(1e-2, rel=0.2) and slow < fast / 500
+    fast, slow = moved("layers.0.self_attn.o_proj.weight")
+    assert fast == pytest.approx(slow, rel=1e-3), "Muon's matrices move as before"
