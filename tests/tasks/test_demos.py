@@ -72,6 +72,19 @@ def test_single_turn_demonstrations_are_right():
             assert conversation["messages"][-1]["reasoning_content"]
 
 
+def test_a_task_with_two_ways_is_shown_in_both():
+    """How often is the caller's choice; who shows which does not depend on anything else."""
+
+    def ways(share: float, family: str) -> list[int]:
+        return [len(calls(c)) for c in demos("terminal", 24, 4, [family], check_every=5, alternatives=share)]
+
+    never, half, always = (ways(share, "search") for share in (0.0, 0.5, 1.0))
+    assert all(a < b for a, b in zip(always, never, strict=True))  # one command instead of two
+    assert all(h in (a, b) for h, a, b in zip(half, never, always, strict=True))
+    assert 6 <= sum(h == a for h, a in zip(half, always, strict=True)) <= 18
+    assert ways(0.0, "rename") == ways(1.0, "rename")  # it has one way
+
+
 def test_seeds_give_different_demonstrations_and_held_out_families_none():
     assert demos("reasoning", 10, seed=1) != demos("reasoning", 10, seed=2)
     assert {c["family"] for c in demos("reasoning", 10, 1, ["add", "count"])} == {"add", "count"}
@@ -80,8 +93,10 @@ def test_seeds_give_different_demonstrations_and_held_out_families_none():
             demos("terminal", 1, 1, [family])
 
 
-def context(out, seed=1, families=None):
-    stage = SFT.model_construct(demos=20, mix={"reasoning": 2, "terminal": 1, "general": 1})
+def context(out, seed=1, families=None, alternatives=0.5):
+    stage = SFT.model_construct(
+        demos=20, mix={"reasoning": 2, "terminal": 1, "general": 1}, alternatives=alternatives
+    )
     recipe = SimpleNamespace(sandbox=SandboxSettings(), tasks=TaskSettings(families=families or {}))
     return StageContext(recipe, stage, "sft", out, out / "sft", None, seed)
 
@@ -105,6 +120,13 @@ def test_the_stage_writes_once_and_mixes(tmp_path):
     run_stage(few)
     lines = (few.out / CONVERSATIONS).read_text().splitlines()
     assert {json.loads(line)["family"] for line in lines} == {"rename", "count", "json"}
+    chosen = {"terminal": ["search"], "reasoning": ["count"], "general": ["json"]}
+    for share, seen in ((0.0, {False}), (1.0, {True})):  # the stage's setting arrives
+        ctx = context(tmp_path / f"share{share}", families=chosen, alternatives=share)
+        run_stage(ctx)
+        shown = [json.loads(line) for line in (ctx.out / CONVERSATIONS).read_text().splitlines()]
+        commands = [calls(c) for c in shown if c["kind"] == "terminal"]
+        assert {"grep -l" in first[-1] for first in commands} == seen
 
 
 def test_the_tokenizer_hears_what_the_chosen_families_say(tmp_path):

@@ -1,5 +1,6 @@
 """Terminal tasks, run for real: oracles pass, doing nothing and cheating do not."""
 
+import queue
 import re
 from collections import defaultdict
 
@@ -34,6 +35,9 @@ def reward_after(instance, *commands: str) -> float:
 def test_the_oracle_passes_and_doing_nothing_fails(family):
     instance = get(family).sample(instance_seed("eval", family, 0))
     assert reward_after(instance, *[s.command for s in instance.solution if s.command]) == 1
+    if instance.alternative:
+        assert instance.alternative != instance.solution
+        assert reward_after(instance, *[s.command for s in instance.alternative if s.command]) == 1
     assert reward_after(instance) == 0
 
 
@@ -180,8 +184,25 @@ def test_a_broken_sandbox_is_not_a_zero(monkeypatch):
         raise InfraError("no namespaces")
 
     monkeypatch.setattr(verify_module.Sandbox, "create", broken)
+    monkeypatch.setattr(verify_module, "_idle", lambda _: queue.LifoQueue())
     outcome = verify({}, hidden_tests({"a": "b"}))
     assert outcome == EnvError("sandbox: no namespaces")
+
+
+def test_a_judge_forgets_the_episode_before(monkeypatch):
+    """Judging sandboxes are used again: neither files nor hidden tests nor rewards may stay in them."""
+    idle = queue.LifoQueue(1)
+    monkeypatch.setattr(verify_module, "_idle", lambda _: idle)
+    tests = hidden_tests({"a": "b\n", "folder/": ""})
+    assert verify({"a": b"b\n", "folder/": b""}, tests) == Reward(1.0, {"tests": 1.0})
+    [judge] = idle.queue
+    assert not any(judge.snapshot(root) for root in ("/work", "/tests", "/logs", "/tmp"))
+    assert verify({}, tests) == Reward(0.0, {"tests": 0.0})
+    assert verify({}, {"test.sh": "true"}) == EnvError("reward_missing", retryable=False)
+    assert verify({}, {"test.sh": "chmod 000 /tests; sleep 60 & exit 1"}).kind == "reward_missing"
+    assert list(idle.queue) == [judge]
+    judge.close()
+    assert verify({}, tests).kind.startswith("sandbox: ") and idle.empty()  # a dead judge is not kept
 
 
 def test_a_verifier_that_hangs_is_not_a_zero(monkeypatch):

@@ -23,10 +23,11 @@ _RL_NANO: Layer = {
     "micro_batch_tokens": 2048,
     "save_every": 1,
 }
+# Many prompts and small groups: what is learnt from few prompts stays with them (docs/log.md).
 _RL_2M: Layer = {
     "steps": 20,
-    "prompts": 8,
-    "group_size": 8,
+    "prompts": 16,
+    "group_size": 4,
     "lr": 3e-4,
     "max_new_tokens": 64,
     "max_len": 768,
@@ -127,7 +128,7 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                250,
+                280,
                 512,
                 8,
                 1.5e-2,
@@ -135,13 +136,13 @@ SIZES: dict[str, Layer] = {
                 adamw_scale=3,
                 mtp_steps=0,
                 demos=10_800,
-                mix={"reasoning": 0.74, "terminal": 0.17, "general": 0.09},
+                mix={"reasoning": 0.68, "terminal": 0.24, "general": 0.08},
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
-            | {"prompts": 24, "group_size": 16, "optimizer": "muon_split", "lr": 2e-3},
-            "agentic_rl": _RL_2M,
-            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 16},
+            | {"steps": 60, "prompts": 96, "optimizer": "muon_split", "lr": 2e-3, "save_every": 20},
+            "agentic_rl": _RL_2M | {"steps": 40, "prompts": 24, "lr": 1e-3, "reset_optimizer": False},
+            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 32},
             "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
         },
         "eval": {

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors."""
@@ -94,6 +96,7 @@ class Midtrain(LMStage):
         0.2, ge=0, le=1, description="Share of tokens from synthetic long documents."
     )
     demos: int = Field(200, ge=0, description="Task demonstrations generated for the trajectory share.")
+    alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)
 
 
 class DSA(LMStage):
@@ -124,6 +127,7 @@ class SFT(LMStage):
     mtp_weight: float = Field(0.1, ge=0, description="Weight of the mean MTP loss.")
     router_bias_rate: float = Field(0.0, ge=0, description="Loss-free balancing: bias change per step.")
     demos: int = Field(2000, ge=1, description="Conversations generated from the tasks' own demonstrations.")
+    alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)
     mix: dict[str, float] = Field(
         {"reasoning": 0.4, "terminal": 0.4, "general": 0.2},
         description="Share of the conversations per kind of task; normalised.",

@@ -154,11 +154,17 @@ def midtrain_rows(
     # near facts are found first, far ones later
     lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
     cycle = sum(lengths)
+
+    def size(
+        number: int,
+    ) -> int:  # shifted in each round, so that single questions (`longctx.document`) get every length
+        return lengths[(number + number // 4) % 4]
+
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
     docs: dict[str, list[Doc]] = {
         "trajectories": list(_repeat(trajectories, own_tokens(trajectories, length), tokens * share, seed)),
         "synthetic": [
-            document(tok, filler, lengths[number % 4], seed, number)
+            document(tok, filler, size(number), seed, number)
             for number in range(round(4 * synthetic / cycle))
         ],
     }

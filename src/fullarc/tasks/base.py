@@ -98,6 +98,7 @@ class Instance:
         tools: OpenAI tool schemas; empty if the answer is the first reply.
         files: initial files of the sandbox (path below /work -> content); empty if there is no sandbox.
         solution: the oracle's turns.
+        alternative: the turns of another way that is right as well; empty if there is none.
         meta: JSON-able facts for the grader and for reports (`level`, `answer`, …); never shown to the model.
         tests: hidden files that are uploaded to /tests when the episode is over.
     """
@@ -109,6 +110,7 @@ class Instance:
     tools: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     solution: list[Step] = field(default_factory=list)
+    alternative: list[Step] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     tests: dict[str, str] = field(default_factory=dict)
 

@@ -1,5 +1,8 @@
 """Demonstrations: oracles at work, written down as conversations for SFT and mid-training.
 
+Where a task can be done in two ways (by reading a result or by redirecting it), both are shown, in a share that the
+stage's settings say: which of them suits this model is for RL to find out.
+
 Terminal oracles run for real in a sandbox, so what a tool says is what it says in a rollout. Some begin with a
 mistake and its repair; the mistake is marked `loss: 0`: it stays in the context but is not learnt (GLM-5 3.1). Only
 training seeds and trained families are used.
@@ -10,6 +13,7 @@ import random
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from fullarc.agent.tools import format_result
@@ -41,7 +45,8 @@ def write_language(ctx: StageContext) -> dict[str, Any]:
         for family in family_names(kind, chosen=ctx.recipe.tasks.families):
             for i in range(LANGUAGE_INSTANCES):
                 instance = _instance(family, derive(ctx.seed, "language") + i)
-                said = [f"{step.thought}\n{step.command or step.answer}" for step in instance.solution]
+                steps = [*instance.solution, *instance.alternative]
+                said = [f"{step.thought}\n{step.command or step.answer}" for step in steps]
                 texts.append("\n".join([message["content"] for message in instance.messages] + said))
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     atomic_write(ctx.out / LANGUAGE, "\n".join(lines) + "\n")
@@ -61,7 +66,9 @@ def run_stage(ctx: StageContext) -> dict[str, Any]:
             n = round(ctx.stage.demos * share / sum(mix.values()))
             seed = derive(ctx.seed, ctx.name)
             names = family_names(kind, chosen=ctx.recipe.tasks.families)
-            found += demos(kind, n, seed, names, CHECK_EVERY, limits, settings.backend)
+            found += demos(
+                kind, n, seed, names, CHECK_EVERY, limits, settings.backend, ctx.stage.alternatives
+            )
             ctx.log(len(found), total=ctx.stage.demos, conversations=len(found))
         random.Random(derive(ctx.seed, ctx.name, "order")).shuffle(found)
         with atomic_dir(folder) as temp:
@@ -78,6 +85,7 @@ def demos(
     check_every: int = 1,
     limits: Limits | None = None,
     backend: str = "bubblewrap",
+    alternatives: float = 0.0,
 ) -> list[dict[str, Any]]:
     """`n` conversations of `kind`, families in turn, a pure function of the arguments.
 
@@ -85,6 +93,7 @@ def demos(
         families: trained families to use; all of them by default.
         check_every: grade one terminal demonstration out of so many and fail if it does not pass; 0 = none.
         limits, backend: of the sandboxes of terminal demonstrations.
+        alternatives: share of the demonstrations that take the other way, where the task has one.
 
     Returns:
         [{"kind", "family", "seed", "messages" (OpenAI form, with reasoning_content and loss), "tools"}, …]
@@ -97,14 +106,14 @@ def demos(
     base = derive(seed, "demos", kind)
     jobs = [(chosen[i % len(chosen)], base + i // len(chosen)) for i in range(n)]
     if kind != "terminal":
-        return [_conversation(_instance(*job)) for job in jobs]
+        return [_conversation(in_one_way(_instance(*job), alternatives)) for job in jobs]
 
     def work(share: int) -> list[dict[str, Any]]:
         made = []
         with Sandbox.create(limits=limits, backend=backend) as sandbox:
             for i in range(share, n, THREADS):
                 check = check_every > 0 and i % check_every == 0
-                made.append(_terminal(sandbox, _instance(*jobs[i]), check))
+                made.append(_terminal(sandbox, in_one_way(_instance(*jobs[i]), alternatives), check))
         return made
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -139,6 +148,12 @@ def _conversation(instance: Instance, sandbox: Sandbox | None = None) -> dict[st
     return {**facts, "messages": messages, "tools": instance.tools}
 
 
+def in_one_way(instance: Instance, alternatives: float) -> Instance:
+    """The instance with the way that is shown as its solution: the alternative in the share `alternatives`."""
+    other = random.Random(derive(instance.seed, "way")).random() < alternatives
+    return replace(instance, solution=instance.alternative) if other and instance.alternative else instance
+
+
 def with_mistake(instance: Instance) -> Instance:
     """The same instance, its oracle first naming a file wrongly and then looking at what there is."""
     first = instance.solution[0]
@@ -147,7 +162,7 @@ def with_mistake(instance: Instance) -> Instance:
         return instance
     wrong = first.command.replace(names[0], names[0].replace(".", "s."))
     steps = [Step(first.thought, wrong, mistake=True), Step("No such file. I list the files.", "ls")]
-    return Instance(**{**vars(instance), "solution": [*steps, *instance.solution]})
+    return replace(instance, solution=[*steps, *instance.solution])
 
 
 def _terminal(sandbox: Sandbox, instance: Instance, check: bool) -> dict[str, Any]:

@@ -13,10 +13,15 @@ Maker = Callable[[random.Random, int], Made]
 
 
 def build(family: str, seed: int, level: int, question: str, thought: str, answer: str) -> Instance:
-    """An instance whose whole conversation is one question."""
+    """An instance whose whole conversation is one question.
+
+    What is copied from the question stands behind a space in thought and answer, as it does in the question: of a
+    word, and more so of a number, a BPE has other tokens at the start of a text.
+    """
     meta: dict[str, Any] = {"level": level, "answer": answer}
     messages = [{"role": "user", "content": question}]
-    return Instance(family, "reasoning", seed, messages, solution=[Step(thought, answer=answer)], meta=meta)
+    solution = [Step(f"Steps: {thought}", answer=f"Answer: {answer}")]
+    return Instance(family, "reasoning", seed, messages, solution=solution, meta=meta)
 
 
 def grade_answer(instance: Instance, answer: str) -> Outcome:

@@ -25,6 +25,7 @@ class Job:
         after: files that must have this content in the end; None for a path that must be gone, "" with a
             path that ends in "/" for a folder that must exist. Files not named here may be anything.
         steps: the oracle's commands, without the closing answer.
+        other_steps: another way to do the same, if there is one.
         run: a script that runs the agent's code on hidden inputs, and what it must print.
     """
 
@@ -32,6 +33,7 @@ class Job:
     files: dict[str, str]
     after: Mapping[str, str | None]
     steps: list[Step]
+    other_steps: list[Step] = field(default_factory=list)
     run: tuple[str, str] | None = None
     level: int = 1
     facts: dict[str, str] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Shell(Task):
             tools=[SHELL_TOOL],
             files=job.files,
             solution=[*job.steps, DONE],
+            alternative=[*job.other_steps, DONE] if job.other_steps else [],
             meta={"level": job.level, **job.facts},
             tests=hidden_tests(job.after, job.run),
         )

@@ -42,7 +42,7 @@ def _job(ask: str, file: str, code: str, test: str, fix: tuple[str, str], run: t
         Step(thought, f"sed -i '{expression}' {file}"),
         Step("I test again.", "sh test.sh"),
     ]
-    return Job(ask.format(f=file), {file: code, "test.sh": test}, {}, steps, run, level=3)
+    return Job(ask.format(f=file), {file: code, "test.sh": test}, {}, steps, run=run, level=3)
 
 
 def _cases(rng: random.Random, name: str) -> list[tuple[int, int, int]]:

@@ -8,6 +8,12 @@ from fullarc.tasks.terminal.base import ANSWER, Job, Shell, distractors, lines, 
 from fullarc.tasks.words import ANIMALS, COLORS, FOODS, NATURE, THINGS
 
 
+def _ways(thought: str, command: str, result: object) -> tuple[list[Step], list[Step]]:
+    """Two ways to write down what a command prints: in the same command, or after reading it."""
+    write = Step(f"It is {result}.", f"echo {result} > {ANSWER}")
+    return [Step(thought, f"{command} > {ANSWER}")], [Step(thought, command), write]
+
+
 def count_lines(rng: random.Random) -> Job:
     """How many lines contain a word."""
     [file] = names(rng, 1)
@@ -23,8 +29,9 @@ def count_lines(rng: random.Random) -> Job:
             "In {f}, count the lines that contain {w}. Put the number in answer.txt.",
         ]
     ).format(f=file, w=word)
-    step = Step(f"I count {word} in {file}.", f"grep -c {word} {file} > {ANSWER}")
-    return Job(ask, {file: text(rows), **distractors(rng, [file], 1)}, {ANSWER: f"{n}\n"}, [step])
+    at_once, in_turn = _ways(f"I count {word} in {file}.", f"grep -c {word} {file}", n)
+    files = {file: text(rows), **distractors(rng, [file], 1)}
+    return Job(ask, files, {ANSWER: f"{n}\n"}, at_once, in_turn)
 
 
 def count_files(rng: random.Random) -> Job:
@@ -62,8 +69,10 @@ def sum_column(rng: random.Random) -> Job:
             "Sum up {f}. Put the total in answer.txt.",
         ]
     ).format(f=file)
-    step = Step(f"I add column 2 of {file}.", f"awk '{{s+=$2}} END {{print s}}' {file} > {ANSWER}")
-    return Job(ask, {file: text(rows), **distractors(rng, [file], 1)}, {ANSWER: f"{sum(values)}\n"}, [step])
+    command = f"awk '{{s+=$2}} END {{print s}}' {file}"
+    at_once, in_turn = _ways(f"I add column 2 of {file}.", command, sum(values))
+    files = {file: text(rows), **distractors(rng, [file], 1)}
+    return Job(ask, files, {ANSWER: f"{sum(values)}\n"}, at_once, in_turn)
 
 
 def search(rng: random.Random) -> Job:
@@ -81,11 +90,9 @@ def search(rng: random.Random) -> Job:
             "One file contains {w}. Put its name in answer.txt.",
         ]
     ).format(w=word)
-    steps = [
-        Step(f"I search for {word}.", f"grep -l {word} *"),
-        Step(f"It is {found}.", f"echo {found} > {ANSWER}"),
-    ]
-    return Job(ask, {f: text(rows) for f, rows in contents.items()}, {ANSWER: f"{found}\n"}, steps, level=2)
+    at_once, in_turn = _ways(f"I search for {word}.", f"grep -l {word} *", found)
+    files = {f: text(rows) for f, rows in contents.items()}
+    return Job(ask, files, {ANSWER: f"{found}\n"}, in_turn, at_once, level=2)
 
 
 def value(rng: random.Random) -> Job:
