@@ -14,6 +14,7 @@ from fullarc.config.files import atomic_dir, is_complete
 from fullarc.config.recipe import load_recipe
 from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
 from fullarc.data import read_documents, read_rows
+from fullarc.data.corpus import Document
 from fullarc.data.stage import build_tokenizer, pack_conversations, run, sft_rows
 
 CHAT = {
@@ -113,6 +114,32 @@ def test_sft_rows(tmp_path, folder, done):
                     "List.</think><tool_call>shell<arg_key>command</arg_key><arg_value>ls</arg_value></tool_call>"
                     "<|observation|>Two.<|user|>"
                 )
+
+
+def test_sft_replays_what_mid_training_read(tmp_path, tok):
+    """Long documents that ask for something, and text, beside the conversations; without it only conversations."""
+    text = "The road was long and the river wide and cold. Nobody came to the old mill by the sea. " * 40
+    documents = [Document(str(number), "a", "a", "en", text) for number in range(20)]
+    begin = [tok.id("[gMASK]"), tok.id("<sop>")]
+    tokens = {}
+    for share in (0.0, 0.4):
+        sft_rows([CHAT] * 40, tok, tmp_path / f"rows{share}", 400, documents, share, 3)
+        packed, _ = read_rows(tmp_path / f"rows{share}")
+        replayed, asked = 0, 0
+        for ids, loss, docs, parents in zip(
+            packed.ids, packed.loss, packed.docs, packed.parents, strict=True
+        ):
+            for number in set(docs.tolist()) - {0}:
+                own = docs == number
+                if ids[own][:2].tolist() != begin and not parents[own].any():
+                    replayed += own.sum()
+                    asked += 0 < loss[own].sum() < own.sum()
+        tokens[share] = replayed / packed.tokens
+        assert (asked > 0) == (share > 0)
+    assert tokens[0.0] == 0 and 0.3 < tokens[0.4] < 0.5
+    again = tmp_path / "again"
+    sft_rows([CHAT] * 40, tok, again, 400, documents, 0.4, 3)
+    assert (again / "ids.npy").read_bytes() == (tmp_path / "rows0.4" / "ids.npy").read_bytes()
 
 
 def test_long_conversations_are_cut_and_counted(tmp_path, tok):

@@ -86,7 +86,8 @@ def test_answers_are_right_and_spread_out(family):
     for i in range(400):
         instance = task.sample(instance_seed("train", family, i))
         assert instance.meta["answer"] == SOLVERS[family](instance.prompt)
-        assert task.grade(instance, instance.solution[-1].answer).value == 1
+        for way in (instance.solution, instance.alternative):
+            assert task.grade(instance, way[-1].answer).value == 1
         assert task.grade(instance, instance.meta["answer"] + " 1").value == 0
         answers[instance.meta["answer"]] += 1
         levels[instance.meta["level"]] += 1

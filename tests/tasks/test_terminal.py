@@ -199,10 +199,13 @@ def test_a_judge_forgets_the_episode_before(monkeypatch):
     assert not any(judge.snapshot(root) for root in ("/work", "/tests", "/logs", "/tmp"))
     assert verify({}, tests) == Reward(0.0, {"tests": 0.0})
     assert verify({}, {"test.sh": "true"}) == EnvError("reward_missing", retryable=False)
-    assert verify({}, {"test.sh": "chmod 000 /tests; sleep 60 & exit 1"}).kind == "reward_missing"
+    assert verify({}, {"test.sh": "sleep 60 & exit 1"}) == EnvError("reward_missing", retryable=False)
     assert list(idle.queue) == [judge]
-    judge.close()
-    assert verify({}, tests).kind.startswith("sandbox: ") and idle.empty()  # a dead judge is not kept
+    assert verify({}, {"test.sh": "chmod 000 /tests"}) == EnvError("reward_missing", retryable=False)
+    assert idle.empty()  # one that cannot be emptied is not kept
+    assert verify({"a": b"b\n", "folder/": b""}, tests) == Reward(1.0, {"tests": 1.0})
+    idle.queue[0].close()
+    assert verify({}, tests).kind.startswith("sandbox: ") and idle.empty()  # nor is a dead one
 
 
 def test_a_verifier_that_hangs_is_not_a_zero(monkeypatch):

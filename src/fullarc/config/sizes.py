@@ -128,21 +128,23 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                280,
+                260,
                 512,
                 8,
                 1.5e-2,
                 1.5e-3,
                 adamw_scale=3,
                 mtp_steps=0,
+                replay=0.06,
                 demos=10_800,
-                mix={"reasoning": 0.68, "terminal": 0.24, "general": 0.08},
+                mix={"reasoning": 0.7, "terminal": 0.22, "general": 0.08},
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
-            | {"steps": 60, "prompts": 96, "optimizer": "muon_split", "lr": 2e-3, "save_every": 20},
-            "agentic_rl": _RL_2M | {"steps": 40, "prompts": 24, "lr": 1e-3, "reset_optimizer": False},
-            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 15, "prompts": 32},
+            | {"steps": 40, "prompts": 96, "optimizer": "muon_split", "lr": 2e-3},
+            "agentic_rl": _RL_2M
+            | {"steps": 22, "prompts": 24, "optimizer": "muon_split", "lr": 2e-3, "reset_optimizer": False},
+            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 10, "prompts": 32},
             "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
         },
         "eval": {

@@ -126,6 +126,12 @@ class SFT(LMStage):
     lr_end: float = Field(1e-6, ge=0, description="Learning rate after the last step.")
     mtp_weight: float = Field(0.1, ge=0, description="Weight of the mean MTP loss.")
     router_bias_rate: float = Field(0.0, ge=0, description="Loss-free balancing: bias change per step.")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the tokens that mid-training read: long synthetic documents, text.",
+    )
     demos: int = Field(2000, ge=1, description="Conversations generated from the tasks' own demonstrations.")
     alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)
     mix: dict[str, float] = Field(

@@ -121,7 +121,11 @@ def document(
     """
     eos = tok.id("<|endoftext|>")
     if number % 4 == 3 or length < 200:
-        one = case(tok, filler, SORTS[number // 4 % len(SORTS)], length - 1, seed, number)
+        sort = SORTS[number // 4 % len(SORTS)]
+        try:
+            one = case(tok, filler, sort, length - 1, seed, number)
+        except FullarcError:  # too long for this length and tokenizer; the needle is the shortest
+            one = case(tok, filler, "needle", length - 1, seed, number)
         return [*one.prompt_ids, *one.answer_ids, eos], [0] * len(one.prompt_ids) + [1] * (
             length - len(one.prompt_ids)
         )

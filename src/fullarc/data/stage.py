@@ -89,7 +89,8 @@ def pack_conversations(ctx: StageContext) -> dict[str, Any]:
             midtrain_rows(documents, conversations, tok, rows, ctx.stage, _tokens(ctx), seed)
         else:
             needles = needle_conversations(documents, math.ceil(len(conversations) / 40), seed)
-            sft_rows([*conversations, *needles], tok, rows, ctx.stage.seq_len)
+            texts = documents, ctx.stage.replay, seed
+            sft_rows([*conversations, *needles], tok, rows, ctx.stage.seq_len, *texts)
     meta = json.loads((rows / "meta.json").read_text())
     return {f"rows_{key}": meta[key] for key in ("n_tokens", "n_targets", "fill")}
 
@@ -150,23 +151,9 @@ def midtrain_rows(
     trajectories = [render_whole(tok, one) for one in conversations]
     share = settings.trajectory_share if trajectories else 0.0
     synthetic = tokens * settings.synthetic_share
-    short = min(length, SHORTEST_SYNTHETIC)
-    # near facts are found first, far ones later
-    lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
-    cycle = sum(lengths)
-
-    def size(
-        number: int,
-    ) -> int:  # shifted in each round, so that single questions (`longctx.document`) get every length
-        return lengths[(number + number // 4) % 4]
-
-    filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
     docs: dict[str, list[Doc]] = {
         "trajectories": list(_repeat(trajectories, own_tokens(trajectories, length), tokens * share, seed)),
-        "synthetic": [
-            document(tok, filler, size(number), seed, number)
-            for number in range(round(4 * synthetic / cycle))
-        ],
+        "synthetic": _synthetic(documents, tok, length, synthetic, seed),
     }
     natural = tokens * (1 - share) - synthetic
     long_first = sorted(documents, key=lambda one: len(one.text) < 4 * length)
@@ -177,12 +164,19 @@ def midtrain_rows(
 
 
 def sft_rows(
-    conversations: Sequence[Mapping[str, Any]], tok: Tokenizer, out: Path, length: int
+    conversations: Sequence[Mapping[str, Any]],
+    tok: Tokenizer,
+    out: Path,
+    length: int,
+    documents: Sequence[Document] = (),
+    replay: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Rows of conversations, isolated from each other, with loss on what the assistant says.
 
     A conversation longer than a row keeps its beginning and is counted; one whose targets are all gone with the
-    rest is left out and counted.
+    rest is left out and counted. A share `replay` of the tokens is what mid-training read, so that it is not
+    forgotten: two thirds long synthetic documents, one third text from `documents`.
 
     Raises:
         FullarcError: there is no conversation.
@@ -207,7 +201,30 @@ def sft_rows(
             docs.append((rendered.ids[:length], rendered.loss_mask[:length]))
         else:
             counts["dropped_no_target"] += 1
+    if replay:
+        again = sum(own_tokens(docs, length)) * replay / (1 - replay)
+        docs += _synthetic(documents, tok, length, again * 2 / 3, derive(seed, "replay"))
+        order = list(documents)
+        random.Random(derive(seed, "replay", "text")).shuffle(order)
+        parts = (tokenize([one], tok)[0][:length] for one in order)
+        docs += [(ids, [1] * len(ids)) for ids in _until(parts, again / 3)]
     return write_rows(out, pack_sharing(docs, length), tok.vocab_size, counts)
+
+
+def _synthetic(
+    documents: Sequence[Document], tok: Tokenizer, length: int, tokens: float, seed: int
+) -> list[Doc]:
+    """About `tokens` tokens of `longctx.document` in a whole, a half and a quarter of `length`."""
+    short = min(length, SHORTEST_SYNTHETIC)
+    # near facts are found first, far ones later
+    lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
+
+    def size(number: int) -> int:  # shifted in each round, so that single questions get every length
+        return lengths[(number + number // 4) % 4]
+
+    filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
+    count = round(4 * tokens / sum(lengths))
+    return [document(tok, filler, size(number), seed, number) for number in range(count)]
 
 
 def render_whole(tok: Tokenizer, one: Mapping[str, Any]) -> Doc:

@@ -13,15 +13,16 @@ Maker = Callable[[random.Random, int], Made]
 
 
 def build(family: str, seed: int, level: int, question: str, thought: str, answer: str) -> Instance:
-    """An instance whose whole conversation is one question.
+    """An instance whose whole conversation is one question; its two ways are to lead in to thought and answer, or not.
 
-    What is copied from the question stands behind a space in thought and answer, as it does in the question: of a
-    word, and more so of a number, a BPE has other tokens at the start of a text.
+    Behind a lead-in, what is copied from the question stands behind a space, as it does there: of a word, and more so
+    of a number, a BPE has other tokens at the start of a text. Bare words teach that both are the same.
     """
     meta: dict[str, Any] = {"level": level, "answer": answer}
     messages = [{"role": "user", "content": question}]
-    solution = [Step(f"Steps: {thought}", answer=f"Answer: {answer}")]
-    return Instance(family, "reasoning", seed, messages, solution=solution, meta=meta)
+    lead_in = [Step(f"Steps: {thought}", answer=f"Answer: {answer}")]
+    bare = [Step(thought, answer=answer)]
+    return Instance(family, "reasoning", seed, messages, solution=lead_in, alternative=bare, meta=meta)
 
 
 def grade_answer(instance: Instance, answer: str) -> Outcome:

@@ -91,8 +91,8 @@ def search(rng: random.Random) -> Job:
         ]
     ).format(w=word)
     at_once, in_turn = _ways(f"I search for {word}.", f"grep -l {word} *", found)
-    files = {f: text(rows) for f, rows in contents.items()}
-    return Job(ask, files, {ANSWER: f"{found}\n"}, in_turn, at_once, level=2)
+    before = {f: text(rows) for f, rows in contents.items()}
+    return Job(ask, before, {ANSWER: f"{found}\n"}, in_turn, at_once, level=2)
 
 
 def value(rng: random.Random) -> Job:
