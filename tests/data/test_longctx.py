@@ -66,6 +66,15 @@ def test_training_documents(tok, filler, length):
             assert tok.decode(ids).count(f"The number of the {name} is {value}.") == 2
 
 
+def test_a_question_that_does_not_fit_becomes_a_needle(tok, filler):
+    """The sorts differ in length and the tokenizers in how long they make them; a document always comes out."""
+    with pytest.raises(FullarcError, match="mrcr case does not fit"):
+        case(tok, filler, "mrcr", 99, 1, 15)
+    ids, loss = document(tok, filler, 100, 1, 15)
+    assert len(ids) == len(loss) == 100
+    assert "What is the number of the" in tok.decode(ids)
+
+
 def test_too_short_is_a_sentence(tok, filler):
     with pytest.raises(FullarcError, match="does not fit into 20 tokens"):
         case(tok, filler, "multi_key", 20, 0, 0)

@@ -116,7 +116,7 @@ def test_sft_rows(tmp_path, folder, done):
                 )
 
 
-def test_sft_replays_what_mid_training_read(tmp_path, tok):
+def test_sft_repeats_long_documents_and_text(tmp_path, tok):
     """Long documents that ask for something, and text, beside the conversations; without it only conversations."""
     text = "The road was long and the river wide and cold. Nobody came to the old mill by the sea. " * 40
     documents = [Document(str(number), "a", "a", "en", text) for number in range(20)]
@@ -125,7 +125,7 @@ def test_sft_replays_what_mid_training_read(tmp_path, tok):
     for share in (0.0, 0.4):
         sft_rows([CHAT] * 40, tok, tmp_path / f"rows{share}", 400, documents, share, 3)
         packed, _ = read_rows(tmp_path / f"rows{share}")
-        replayed, asked = 0, 0
+        replayed, asked, texts = 0, 0, 0
         for ids, loss, docs, parents in zip(
             packed.ids, packed.loss, packed.docs, packed.parents, strict=True
         ):
@@ -133,13 +133,23 @@ def test_sft_replays_what_mid_training_read(tmp_path, tok):
                 own = docs == number
                 if ids[own][:2].tolist() != begin and not parents[own].any():
                     replayed += own.sum()
-                    asked += 0 < loss[own].sum() < own.sum()
+                    asked += 0 < loss[own].sum() < own.sum() / 2
+                    texts += loss[own].all() and tok.decode(ids[own][:40].tolist()) in text
         tokens[share] = replayed / packed.tokens
-        assert (asked > 0) == (share > 0)
-    assert tokens[0.0] == 0 and 0.3 < tokens[0.4] < 0.5
+        assert (asked > 0) == (texts > 0) == (share > 0)
+    assert tokens[0.0] == 0 and 0.35 < tokens[0.4] < 0.45
     again = tmp_path / "again"
     sft_rows([CHAT] * 40, tok, again, 400, documents, 0.4, 3)
     assert (again / "ids.npy").read_bytes() == (tmp_path / "rows0.4" / "ids.npy").read_bytes()
+
+
+def test_the_stages_replay_arrives_in_its_rows(tmp_path, folder, done):
+    sizes = []
+    for share in (0.0, 0.4):
+        ctx = context(tmp_path, folder, "sft", more=[f"stages.sft.replay={share}"])
+        shutil.rmtree(ctx.run_dir / "data" / "rows" / "sft", ignore_errors=True)
+        sizes.append(pack_conversations(ctx)["rows_n_tokens"])
+    assert sizes[1] > 1.4 * sizes[0]
 
 
 def test_long_conversations_are_cut_and_counted(tmp_path, tok):

@@ -73,16 +73,23 @@ def test_single_turn_demonstrations_are_right():
 
 
 def test_a_task_with_two_ways_is_shown_in_both():
-    """How often is the caller's choice; who shows which does not depend on anything else."""
+    """How often is the caller's choice; which instance is shown how depends on its seed alone."""
 
-    def ways(share: float, family: str) -> list[int]:
-        return [len(calls(c)) for c in demos("terminal", 24, 4, [family], check_every=5, alternatives=share)]
+    def ways(share: float, *families: str) -> dict[int, int]:
+        made = demos("terminal", 24 * len(families), 4, families, check_every=5, alternatives=share)
+        return {c["seed"]: len(calls(c)) for c in made if c["family"] == families[0]}
 
     never, half, always = (ways(share, "search") for share in (0.0, 0.5, 1.0))
-    assert all(a < b for a, b in zip(always, never, strict=True))  # one command instead of two
-    assert all(h in (a, b) for h, a, b in zip(half, never, always, strict=True))
-    assert 6 <= sum(h == a for h, a in zip(half, always, strict=True)) <= 18
+    assert never.keys() == half.keys() == always.keys() and len(half) == 24
+    assert all(always[seed] < never[seed] for seed in never)  # one command instead of two
+    taken = [seed for seed in half if half[seed] == always[seed]]
+    assert 6 <= len(taken) <= 18
+    assert ways(0.5, "search", "rename") == half
     assert ways(0.0, "rename") == ways(1.0, "rename")  # it has one way
+    for share, led_in in ((0.0, {True}), (0.5, {True, False}), (1.0, {False})):
+        answers = [c["messages"][-1] for c in demos("reasoning", 40, 4, ["count"], alternatives=share)]
+        assert {m["content"].startswith("Answer: ") for m in answers} == led_in
+        assert {m["reasoning_content"].startswith("Steps: ") for m in answers} == led_in
 
 
 def test_seeds_give_different_demonstrations_and_held_out_families_none():
@@ -125,8 +132,8 @@ def test_the_stage_writes_once_and_mixes(tmp_path):
         ctx = context(tmp_path / f"share{share}", families=chosen, alternatives=share)
         run_stage(ctx)
         shown = [json.loads(line) for line in (ctx.out / CONVERSATIONS).read_text().splitlines()]
-        commands = [calls(c) for c in shown if c["kind"] == "terminal"]
-        assert {"grep -l" in first[-1] for first in commands} == seen
+        at_once = {"grep -l" in calls(c)[-1] for c in shown if c["kind"] == "terminal"}
+        assert at_once == seen
 
 
 def test_the_tokenizer_hears_what_the_chosen_families_say(tmp_path):

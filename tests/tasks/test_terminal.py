@@ -1,8 +1,8 @@
 """Terminal tasks, run for real: oracles pass, doing nothing and cheating do not."""
 
-import queue
+import os
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import pytest
 
@@ -184,28 +184,40 @@ def test_a_broken_sandbox_is_not_a_zero(monkeypatch):
         raise InfraError("no namespaces")
 
     monkeypatch.setattr(verify_module.Sandbox, "create", broken)
-    monkeypatch.setattr(verify_module, "_idle", lambda _: queue.LifoQueue())
+    monkeypatch.setattr(verify_module, "_idle", {})
     outcome = verify({}, hidden_tests({"a": "b"}))
     assert outcome == EnvError("sandbox: no namespaces")
 
 
 def test_a_judge_forgets_the_episode_before(monkeypatch):
     """Judging sandboxes are used again: neither files nor hidden tests nor rewards may stay in them."""
-    idle = queue.LifoQueue(1)
-    monkeypatch.setattr(verify_module, "_idle", lambda _: idle)
+    idle = deque()
+    monkeypatch.setattr(verify_module, "_idle", {os.getpid(): idle})
     tests = hidden_tests({"a": "b\n", "folder/": ""})
-    assert verify({"a": b"b\n", "folder/": b""}, tests) == Reward(1.0, {"tests": 1.0})
-    [judge] = idle.queue
-    assert not any(judge.snapshot(root) for root in ("/work", "/tests", "/logs", "/tmp"))
+    done = {"a": b"b\n", "folder/": b""}
+    assert verify(done, tests) == Reward(1.0, {"tests": 1.0})
+    [judge] = idle
+    judge.exec("mkdir -p /tmp/x/y; echo 1 > /tmp/x/z; echo 1 > /dev/shm/s; chmod 0 /work")
     assert verify({}, tests) == Reward(0.0, {"tests": 0.0})
-    assert verify({}, {"test.sh": "true"}) == EnvError("reward_missing", retryable=False)
-    assert verify({}, {"test.sh": "sleep 60 & exit 1"}) == EnvError("reward_missing", retryable=False)
-    assert list(idle.queue) == [judge]
-    assert verify({}, {"test.sh": "chmod 000 /tests"}) == EnvError("reward_missing", retryable=False)
-    assert idle.empty()  # one that cannot be emptied is not kept
-    assert verify({"a": b"b\n", "folder/": b""}, tests) == Reward(1.0, {"tests": 1.0})
-    idle.queue[0].close()
-    assert verify({}, tests).kind.startswith("sandbox: ") and idle.empty()  # nor is a dead one
+    assert list(idle) == [judge]
+    assert [judge.snapshot(root) for root in ("/work", "/tmp", "/dev/shm")] == [{}, {}, {}]
+    judge.exec("mkdir /work/locked; echo 1 > /work/locked/a; chmod 500 /work/locked")
+    assert verify(done, tests) == Reward(1.0, {"tests": 1.0})
+    assert list(idle) != [judge]  # it could not be emptied
+    [judge] = idle
+    judge.close()
+    assert verify(done, tests) == Reward(1.0, {"tests": 1.0})  # a dead judge costs no verdict
+    assert len(idle) == 1 and idle[0] is not judge
+
+
+def test_a_test_of_somebody_else_never_gets_a_used_judge(monkeypatch):
+    """Harbor's test.sh may run what the agent wrote, so what it leaves behind must not reach the next one."""
+    idle = deque()
+    monkeypatch.setattr(verify_module, "_idle", {os.getpid(): idle})
+    reward = "echo 1 > /logs/verifier/reward.txt"
+    assert verify({}, {"test.sh": f"echo left > /dev/shm/left; {reward}"}) == Reward(1.0, {"tests": 1.0})
+    assert not idle
+    assert verify({}, {"test.sh": f"[ ! -e /dev/shm/left ] && {reward}"}) == Reward(1.0, {"tests": 1.0})
 
 
 def test_a_verifier_that_hangs_is_not_a_zero(monkeypatch):

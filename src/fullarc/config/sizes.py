@@ -23,10 +23,8 @@ _RL_NANO: Layer = {
     "micro_batch_tokens": 2048,
     "save_every": 1,
 }
-# Many prompts and small groups: what is learnt from few prompts stays with them (docs/log.md).
+# Small groups leave room for many prompts: docs/log.md.
 _RL_2M: Layer = {
-    "steps": 20,
-    "prompts": 16,
     "group_size": 4,
     "lr": 3e-4,
     "max_new_tokens": 64,

@@ -130,7 +130,7 @@ class SFT(LMStage):
         0.0,
         ge=0,
         lt=1,
-        description="Share of the tokens that mid-training read: long synthetic documents, text.",
+        description="Share of the tokens that is synthetic long documents and text, as before.",
     )
     demos: int = Field(2000, ge=1, description="Conversations generated from the tasks' own demonstrations.")
     alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)

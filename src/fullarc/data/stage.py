@@ -89,8 +89,8 @@ def pack_conversations(ctx: StageContext) -> dict[str, Any]:
             midtrain_rows(documents, conversations, tok, rows, ctx.stage, _tokens(ctx), seed)
         else:
             needles = needle_conversations(documents, math.ceil(len(conversations) / 40), seed)
-            texts = documents, ctx.stage.replay, seed
-            sft_rows([*conversations, *needles], tok, rows, ctx.stage.seq_len, *texts)
+            chats = [*conversations, *needles]
+            sft_rows(chats, tok, rows, ctx.stage.seq_len, documents, replay=ctx.stage.replay, seed=seed)
     meta = json.loads((rows / "meta.json").read_text())
     return {f"rows_{key}": meta[key] for key in ("n_tokens", "n_targets", "fill")}
 
@@ -175,8 +175,8 @@ def sft_rows(
     """Rows of conversations, isolated from each other, with loss on what the assistant says.
 
     A conversation longer than a row keeps its beginning and is counted; one whose targets are all gone with the
-    rest is left out and counted. A share `replay` of the tokens is what mid-training read, so that it is not
-    forgotten: two thirds long synthetic documents, one third text from `documents`.
+    rest is left out and counted. A share `replay` of the tokens is of the kinds that mid-training reads, so that
+    they are not forgotten: two thirds long synthetic documents, one third beginnings of `documents`.
 
     Raises:
         FullarcError: there is no conversation.

@@ -1,7 +1,7 @@
 """Demonstrations: oracles at work, written down as conversations for SFT and mid-training.
 
-Where a task can be done in two ways (by reading a result or by redirecting it), both are shown, in a share that the
-stage's settings say: which of them suits this model is for RL to find out.
+Where a task can be done in two ways (a result redirected, or read and written down; an answer led in, or bare), both
+are shown, in a share that the stage's settings say: which of them suits this model is for RL to find out.
 
 Terminal oracles run for real in a sandbox, so what a tool says is what it says in a rollout. Some begin with a
 mistake and its repair; the mistake is marked `loss: 0`: it stays in the context but is not learnt (GLM-5 3.1). Only

@@ -4,16 +4,16 @@ They run in a second, clean sandbox on the files that the episode left behind. T
 then, symbolic links were never copied, the tests were never where the agent was, and the judging sandbox runs
 nothing that the agent wrote: code of the agent is run by /tests/run.sh in a sandbox of its own, which knows
 hidden inputs but no expected output, and only what it prints is passed on. So a reward cannot be written, spoofed or
-waited for. And so a judging sandbox, emptied, can judge the next episode: starting one costs as much as judging.
+waited for. And so a sandbox in which our own test.sh judged can be emptied and judge again: starting one costs as much
+as judging. A test.sh of somebody else (Harbor) may run anything and always gets a new one.
 """
 
 import json
 import math
 import os
-import queue
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 
 from fullarc.config.errors import FullarcError
 from fullarc.sandbox import WORKDIR, InfraError, Sandbox
@@ -22,7 +22,8 @@ from fullarc.tasks.base import EnvError, Outcome, Reward
 TEST_TIMEOUT_S = 20.0
 RUN_TIMEOUT_S = 5.0
 IDLE_JUDGES = 4
-EMPTY = "find /work /tests /logs /tmp -mindepth 1 -delete"
+EMPTY = "find /work /tests /logs /tmp /dev/shm -mindepth 1 -delete"
+_idle: dict[int, deque[Sandbox]] = {}  # process -> its judging sandboxes that wait for an episode
 TEST_SH = r"""#!/bin/sh
 # Reward 1 if /work is as /tests/expected, /tests/folders and /tests/absent say, else 0.
 rm -rf /logs/verifier
@@ -79,7 +80,7 @@ def verify(files: Mapping[str, bytes], tests: Mapping[str, str]) -> Outcome:
         if "run.sh" in tests:
             with Sandbox.create({**work, "/tests/run.sh": tests["run.sh"]}) as sandbox:
                 hidden["/tests/run.out"] = sandbox.exec("sh /tests/run.sh", RUN_TIMEOUT_S).stdout
-        with _judge() as sandbox:
+        with _judge(tests) as sandbox:
             sandbox.write({**work, **hidden})
             result = sandbox.exec(
                 "rm -rf /logs/verifier; mkdir /logs/verifier; sh /tests/test.sh", TEST_TIMEOUT_S
@@ -93,28 +94,34 @@ def verify(files: Mapping[str, bytes], tests: Mapping[str, str]) -> Outcome:
         return Reward(0.0, {"tests": 0.0, "files_storable": 0.0})
 
 
-@cache
-def _idle(_pid: int) -> "queue.LifoQueue[Sandbox]":
-    """Empty judging sandboxes of this process."""
-    return queue.LifoQueue(IDLE_JUDGES)
-
-
 @contextmanager
-def _judge() -> Iterator[Sandbox]:
-    """An empty judging sandbox; it is emptied and kept for the next episode unless anything goes wrong with it."""
-    idle = _idle(os.getpid())
-    try:
-        sandbox = idle.get_nowait()
-    except queue.Empty:
-        sandbox = Sandbox.create()
+def _judge(tests: Mapping[str, str]) -> Iterator[Sandbox]:
+    """An empty sandbox to judge in; kept for the next episode where only our own test.sh runs in it."""
+    idle = _idle.setdefault(os.getpid(), deque())
+    ours = tests.get("test.sh") == TEST_SH
+    sandbox = (_emptied(idle) if ours else None) or Sandbox.create()
     keep = False
     try:
         yield sandbox
-        keep = sandbox.exec(EMPTY).exit_code == 0
+        keep = ours and len(idle) < IDLE_JUDGES
     finally:
-        try:
-            if not keep:
-                raise queue.Full
-            idle.put_nowait(sandbox)
-        except queue.Full:
+        if keep:
+            idle.append(sandbox)
+        else:
             sandbox.close()
+
+
+def _emptied(idle: deque[Sandbox]) -> Sandbox | None:
+    """An idle sandbox with nothing in it; one that died or cannot be emptied is dropped."""
+    while idle:
+        try:
+            sandbox = idle.pop()
+        except IndexError:  # another thread was faster
+            break
+        try:
+            if sandbox.exec(EMPTY).exit_code == 0:
+                return sandbox
+        except InfraError:
+            pass
+        sandbox.close()
+    return None
