@@ -130,7 +130,7 @@ class SFT(LMStage):
         0.0,
         ge=0,
         lt=1,
-        description="Share of the tokens that is synthetic long documents and text, as before.",
+        description="Share of the tokens that is synthetic long documents and text, as in mid-training.",
     )
     demos: int = Field(2000, ge=1, description="Conversations generated from the tasks' own demonstrations.")
     alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)

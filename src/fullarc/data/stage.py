@@ -219,7 +219,8 @@ def _synthetic(
     # near facts are found first, far ones later
     lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
 
-    def size(number: int) -> int:  # shifted in each round, so that single questions get every length
+    def size(number: int) -> int:
+        # shifted in each round, as every fourth is a single question; each sort of these stays at one length
         return lengths[(number + number // 4) % 4]
 
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))

@@ -1,5 +1,5 @@
-"""Families that find something out and write it to answer.txt; the last three need two turns, because the answer
-has to be read from an observation."""
+"""Families that find something out and write it to answer.txt. The oracles of the last three take the answer from what
+they read in an earlier turn; `count_lines`, `sum_column` and `search` show that way and the redirect."""
 
 import random
 

@@ -1,6 +1,6 @@
 """Hidden tests: /tests/test.sh writes /logs/verifier/reward.txt (Harbor's contract; envs.md 1.1).
 
-They run in a second, clean sandbox on the files that the episode left behind. The agent's processes are gone by
+They run in a second, empty sandbox on the files that the episode left behind. The agent's processes are gone by
 then, symbolic links were never copied, the tests were never where the agent was, and the judging sandbox runs
 nothing that the agent wrote: code of the agent is run by /tests/run.sh in a sandbox of its own, which knows
 hidden inputs but no expected output, and only what it prints is passed on. So a reward cannot be written, spoofed or
