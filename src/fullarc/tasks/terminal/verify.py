@@ -4,8 +4,8 @@ They run in a second, empty sandbox on the files that the episode left behind. T
 then, symbolic links were never copied, the tests were never where the agent was, and the judging sandbox runs
 nothing that the agent wrote: code of the agent is run by /tests/run.sh in a sandbox of its own, which knows
 hidden inputs but no expected output, and only what it prints is passed on. So a reward cannot be written, spoofed or
-waited for. And so a sandbox in which our own test.sh judged can be emptied and judge again: starting one costs as much
-as judging. A test.sh of somebody else (Harbor) may run anything and always gets a new one.
+waited for. And so a sandbox in which our own test.sh judged can be emptied and judge again, which saves a start (about
+10 of 40 ms). A test.sh of somebody else (Harbor) may run anything and always gets a new one.
 """
 
 import json
