@@ -51,6 +51,12 @@ def test_held_rows_are_never_in_the_stream(make_rows):
     assert len(held) == 2 and not [row for row in held if row in seen]
 
 
+def test_held_rows_lie_apart_as_the_longest_documents_come_first(make_rows):
+    rows = Rows(make_rows(n=10), batch=8, seed=0, held=3)
+    assert ids(rows.held_rows()) == ids(rows.at([0, 3, 6]))
+    assert len(rows) == 7
+
+
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("shift", [1, 2, 4, 40])
 def test_targets_equal_the_loop(make_rows, isolate, shift):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.induction import start_with_induction
-from fullarc.model.mla import MLA, Visibility
+from fullarc.model.mla import MLA, Visibility, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
 
@@ -235,22 +235,24 @@ class GlmMoeDsa(nn.Module):
             raise ValueError(f"indexer_loss must be 'off', 'dense' or 'sparse', got {indexer_loss!r}")
         length = input_ids.shape[1]
         index_T = torch.arange(length, device=input_ids.device)
-        allowed, valid, positions = None, None, index_T.expand_as(input_ids)
+        valid, positions = None, index_T.expand_as(input_ids)
         if doc_ids is not None:
             starts = torch.ones_like(doc_ids, dtype=torch.bool)
             starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
             positions = index_T - torch.where(starts, index_T, 0).cummax(1).values
             valid = doc_ids > 0
-            allowed = doc_ids[:, :, None] == doc_ids[:, None, :]
             if parent_ids is not None:
-                inherited = (parent_ids[:, :, None] == doc_ids[:, None, :]) & (parent_ids > 0)[:, :, None]
-                positions = positions + inherited.sum(-1)
-                allowed = allowed | inherited
-            allowed = allowed & (index_T[:, None] >= index_T)
+                sizes = torch.zeros(
+                    len(doc_ids), int(doc_ids.max()) + 1, dtype=torch.long, device=doc_ids.device
+                )
+                sizes.scatter_add_(1, doc_ids, torch.ones_like(doc_ids))
+                positions = positions + torch.where(parent_ids > 0, sizes.gather(1, parent_ids), 0)
         cos, sin = rope_tables(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        longest = int(positions.max()) + 1 if positions.numel() else 0
-        sparse = longest > self.config.index_topk and indexer_loss != "dense"
-        return Visibility(cos, sin, allowed, sparse, indexer_loss, valid)
+        topk = None if indexer_loss == "dense" else self.config.index_topk
+        if doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk:
+            return Visibility(cos, sin)
+        chunks, block = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device)
+        return Visibility(cos, sin, chunks, block, indexer_loss, valid)
 
     @staticmethod
     def _summary(

@@ -8,6 +8,7 @@ Invariant: a query attends to earlier-or-equal positions of its own document, an
 choice among them. Shape suffixes: see ops.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,25 @@ from fullarc.config.model import ModelConfig
 from fullarc.model.indexer import Indexer, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
 
-QUERY_CHUNK = 512
+BLOCK = 128
+LONG_BLOCK = 512
+
+
+@dataclass
+class Chunk:
+    """A run of queries and the blocks of keys that some of them may see.
+
+    Attributes:
+        part: the queries' positions in the row.
+        blocks: numbers of the blocks of keys, ascending; all others are invisible to all of these queries.
+        allowed_BtS: who may see whom among them, boolean.
+        sparse: whether the indexer narrows the choice: some query may see more than its top-k.
+    """
+
+    part: slice
+    blocks: list[int]
+    allowed_BtS: Tensor
+    sparse: bool
 
 
 @dataclass
@@ -27,24 +46,60 @@ class Visibility:
 
     Attributes:
         cos, sin: RoPE tables [B, T, P].
-        allowed_BTT: boolean causal-and-same-document mask; None when plain causal (one document a row).
-        sparse: whether the indexer narrows the choice to its top-k: some document is longer than that.
+        chunks: all queries in order, `block` at a time; None when plain causal and dense (one document a row).
+        block: positions per block of keys.
         indexer_loss: "off", "dense" (KL over all allowed keys) or "sparse" (KL over the selected set).
         valid_BT: boolean, False on padding.
     """
 
     cos: Tensor
     sin: Tensor
-    allowed_BTT: Tensor | None
-    sparse: bool
-    indexer_loss: str
-    valid_BT: Tensor | None
+    chunks: list[Chunk] | None = None
+    block: int = BLOCK
+    indexer_loss: str = "off"
+    valid_BT: Tensor | None = None
 
-    def allowed(self, length: int) -> Tensor:
-        """The mask as a tensor [B or 1, T, T], built if it was left implicit."""
-        if self.allowed_BTT is not None:
-            return self.allowed_BTT
-        return torch.ones(length, length, dtype=torch.bool, device=self.cos.device).tril()[None]
+
+def visible_chunks(
+    length: int, doc_ids: Tensor | None, parent_ids: Tensor | None, topk: int | None, device: torch.device
+) -> tuple[list[Chunk], int]:
+    """The queries of rows of `length` in chunks, each with the blocks of keys it needs, and the size of a block.
+
+    A packed row is a band of small documents, so most blocks are invisible to most queries and are never touched;
+    and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse.
+    """
+    block = LONG_BLOCK if doc_ids is None else BLOCK
+    index_T = torch.arange(length, device=device)
+    chunks = []
+    for start in range(0, length, block):
+        part = slice(start, min(start + block, length))
+        allowed = (index_T[part, None] >= index_T[None, : part.stop])[None]
+        if doc_ids is not None:
+            same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
+            if parent_ids is not None:
+                parent = parent_ids[:, part, None]
+                same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
+            allowed = same & allowed
+        pieces = allowed.split(block, -1)
+        blocks = [number for number, piece in enumerate(pieces) if piece.any()]
+        sparse = topk is not None and int(allowed.sum(-1).max()) > topk
+        chunks.append(Chunk(part, blocks, torch.cat([pieces[number] for number in blocks], -1), sparse))
+    return chunks, block
+
+
+@dataclass
+class _Index:
+    """The indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J]."""
+
+    queries: Tensor
+    keys: Sequence[Tensor]
+    weights: Tensor
+    learns: bool
+
+
+def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
+    """The chosen blocks side by side. Pieces of one `split` get their gradients by one copy, unlike slices."""
+    return pieces[blocks[0]] if len(blocks) == 1 else torch.cat([pieces[number] for number in blocks], dim)
 
 
 class MLA(nn.Module):
@@ -99,46 +154,60 @@ class MLA(nn.Module):
         k_BHTd = torch.cat((up[..., : self.nope], k_rope), -1).transpose(1, 2)
         v_BHTV = up[..., self.nope :].transpose(1, 2)
 
-        mask_BTT, kl = self._index(h_BTD, q_latent, q_BHTd, k_BHTd, seen)
-        out_BHTV = F.scaled_dot_product_attention(
-            q_BHTd, k_BHTd, v_BHTV, scale=self.scale, is_causal=mask_BTT is None,
-            attn_mask=None if mask_BTT is None else mask_BTT.unsqueeze(1),
-        )  # fmt: skip
-        return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), kl
-
-    def _index(
-        self, h_BTD: Tensor, q_latent: Tensor, q_BHTd: Tensor, k_BHTd: Tensor, seen: Visibility
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The attention mask (None: plain causal) and the indexer's KL, in chunks of queries."""
-        length = h_BTD.shape[1]
-        if not seen.sparse and seen.indexer_loss == "off":
-            return seen.allowed_BTT, None
-        allowed = seen.allowed(length).expand(h_BTD.shape[0], -1, -1)
-        with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
-            h, latent = h_BTD.detach(), q_latent.detach()
-            queries = self.indexer.queries(latent, seen.cos, seen.sin)
-            keys = self.indexer.keys(h, seen.cos, seen.sin)
-            weights = self.indexer.head_weights(h)
-            masks, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
-            for start in range(0, length, QUERY_CHUNK):
-                part = slice(start, start + QUERY_CHUNK)
-                scores = self.indexer.scores(queries[:, part], keys, weights[:, part])
-                chosen = (
-                    select(scores.detach(), allowed[:, part], self.indexer.topk)
-                    if seen.sparse
-                    else allowed[:, part]
-                )
-                masks.append(chosen)
+        if seen.chunks is None:
+            out_BHTV = F.scaled_dot_product_attention(
+                q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
+            )
+            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None
+        index = self._index(h_BTD, q_latent, seen)
+        keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
+        outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
+        for chunk in seen.chunks:
+            q_BHtd, k_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
+            mask_BtS = chunk.allowed_BtS
+            if index is not None and (chunk.sparse or seen.indexer_loss != "off"):
+                scores, mask_BtS = self._choose(index, chunk)
                 if seen.indexer_loss != "off":
-                    support = chosen if seen.indexer_loss == "sparse" else allowed[:, part]
+                    support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
                     if seen.valid_BT is not None:
-                        support = support & seen.valid_BT[:, part, None]
+                        support = support & seen.valid_BT[:, chunk.part, None]
+                    support = support.expand(len(h_BTD), -1, -1)
                     chunk_kl, chunk_rows = indexer_kl(
-                        scores, self._attention(q_BHTd[:, :, part], k_BHTd, support), support
+                        scores, self._attention(q_BHtd, k_BHSd, support), support
                     )
                     kl, rows = kl + chunk_kl, rows + chunk_rows
-        mask = torch.cat(masks, 1) if seen.sparse else seen.allowed_BTT
-        return mask, kl / rows.clamp_min(1) if seen.indexer_loss != "off" else None
+            outs.append(
+                F.scaled_dot_product_attention(
+                    q_BHtd, k_BHSd, _join(values, chunk.blocks, 2), mask_BtS.unsqueeze(1), scale=self.scale
+                )
+            )
+        out_BTHV = torch.cat(outs, 2).transpose(1, 2)
+        return self.o_proj(out_BTHV.flatten(2)), kl / rows.clamp_min(
+            1
+        ) if seen.indexer_loss != "off" else None
+
+    def _index(self, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> _Index | None:
+        """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
+        assert seen.chunks is not None
+        if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks):
+            return None
+        with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
+            h, latent = h_BTD.detach(), q_latent.detach()
+            return _Index(
+                self.indexer.queries(latent, seen.cos, seen.sin),
+                self.indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
+                self.indexer.head_weights(h),
+                seen.indexer_loss != "off",
+            )
+
+    def _choose(self, index: _Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Index scores [B, t, S] over the chunk's keys, and which of the allowed ones are taken."""
+        with torch.set_grad_enabled(index.learns and torch.is_grad_enabled()):
+            keys = _join(index.keys, chunk.blocks, 1)
+            scores = self.indexer.scores(index.queries[:, chunk.part], keys, index.weights[:, chunk.part])
+        if not chunk.sparse:
+            return scores, chunk.allowed_BtS
+        return scores, select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.indexer.topk)
 
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:

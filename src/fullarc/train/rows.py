@@ -83,7 +83,8 @@ class Rows:
         batch: rows per batch.
         seed: seed of the order.
         vocab_size: when given, every token id of the folder must be below it.
-        held: rows at the folder's end that are left out of the stream (at most half of all).
+        held: rows that are left out of the stream (at most half of all), at equal distances in the folder: best-fit
+            packing puts the longest documents first and the shortest last.
 
     Raises:
         FullarcError: the folder is incomplete, empty, has ids outside the vocabulary, or nothing to train on.
@@ -107,7 +108,9 @@ class Rows:
                 f"{self.folder} is not a readable folder of packed rows: {error}.", hint
             ) from None
         self._check(vocab_size)
-        self._held = min(held, len(self._ids) // 2)
+        rows = np.arange(len(self._ids))
+        self._held = rows[:: max(1, len(rows) // held)][: min(held, len(rows) // 2)] if held else rows[:0]
+        self._stream = np.setdiff1d(rows, self._held)
         self.epoch, self.cursor = 0, 0
         self._order = self._permutation(0)
 
@@ -133,7 +136,7 @@ class Rows:
 
     def __len__(self) -> int:
         """Rows in the stream."""
-        return len(self._ids) - self._held
+        return len(self._stream)
 
     @property
     def length(self) -> int:
@@ -141,7 +144,8 @@ class Rows:
         return self._ids.shape[1]
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(derive(self.seed, "rows", epoch))).permutation(len(self))
+        shuffle = np.random.Generator(np.random.PCG64(derive(self.seed, "rows", epoch))).permutation
+        return self._stream[shuffle(len(self))]
 
     def next(self) -> Batch:
         """The next batch; moves the position."""
@@ -165,7 +169,7 @@ class Rows:
 
     def held_rows(self) -> Batch:
         """The rows left out of the stream, as one batch."""
-        return self.at(list(range(len(self), len(self._ids))))
+        return self.at(self._held.tolist())
 
     def state(self) -> dict[str, int]:
         """Position of the next batch."""
