@@ -158,3 +158,32 @@ def test_a_failed_run_says_where_its_log_is(tmp_path: Path) -> None:
 def test_recall_is_kept_only_where_there_was_some(value, baseline, kept):
     claim = next(c for c in bench_arc.CLAIMS if c.name == "needle recall, sparse attention")
     assert claim.holds(value, baseline) is kept
+
+
+def test_the_bench_asks_again_with_more_questions_and_its_answers_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    make_run(folder)
+    recipe = 'size = "nano"\nseed = 0\nname = "a"\narc = ["pretrain", "sft"]\n'
+    atomic_write(folder / "recipe.resolved.toml", recipe)
+    asked = {}
+
+    def evaluate(job: Any, out: Path) -> None:
+        asked[job.stage] = job
+        Scores(job.stage, {"format_errors": Score(0.5, 0.01, 900)}).save(out / "scores.json")
+
+    monkeypatch.setattr("fullarc.evals.stage.evaluate", evaluate)
+    for name in ("pretrain", "sft"):
+        (folder / "stages" / name / "checkpoint").mkdir()
+    bench.run("arc", from_runs=[folder])
+    assert not asked, "reading a run asks nothing"
+    claims = {claim["name"]: claim for claim in bench.run("arc", from_runs=[folder], thorough=True)["claims"]}
+    assert list(asked) == ["pretrain", "sft"]
+    assert asked["sft"].settings.problems == bench_arc.THOROUGH["problems"]
+    assert asked["sft"].chats and not asked["pretrain"].chats
+    assert claims["format errors after SFT"]["value"] == 50.0
+    asked.clear()
+    assert bench_arc.read_run(folder).scores["sft"]["format_errors"].n == 900
+    bench_arc.examine(folder)
+    assert not asked, "what was asked is not asked again"

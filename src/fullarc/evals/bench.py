@@ -1,6 +1,6 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
-fullarc bench arc [--seeds 0,1,2] [--from-runs DIR…] [--recipe FILE] [--json] [--save]
+fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
 """
 
 import argparse
@@ -23,12 +23,14 @@ def run(
     from_runs: Sequence[Path] = (),
     recipe: Path | None = None,
     runs_dir: Path = Path("runs/bench"),
+    thorough: bool = False,
 ) -> dict[str, Any]:
     """Measure an area: {"machine", "claims": [{"name", "value", "unit", "baseline", "target", "seeds", "ok", …}]}.
 
     Args:
         seeds: one fresh run each.
         from_runs: finished run folders to read instead of running anything.
+        thorough: ask their checkpoints more questions than their run did, as fresh runs always are.
     """
     if area not in AREAS:
         raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
@@ -37,6 +39,9 @@ def run(
     folders = list(from_runs) or [
         bench_arc.run_recipe(seed, runs_dir, recipe or bench_arc.RECIPE) for seed in seeds
     ]
+    if thorough or not from_runs:
+        for folder in folders:
+            bench_arc.examine(Path(folder))
     runs = [bench_arc.read_run(Path(folder)) for folder in folders]
     return {"area": area, "machine": runs[0].machine, "claims": bench_arc.judge(runs, _baseline(area))}
 
@@ -97,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
     )
+    parser.add_argument("--thorough", action="store_true", help="ask their checkpoints more questions first")
     parser.add_argument("--recipe", type=Path, help="another recipe than recipes/laptop.toml")
     parser.add_argument("--save", action="store_true", help=f"keep the result in {BASELINES}/")
     arguments = parser.parse_args(argv)
@@ -111,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(
             f"--seeds {arguments.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."
         ) from None
-    result = run(arguments.area, seeds, arguments.from_runs, arguments.recipe)
+    result = run(arguments.area, seeds, arguments.from_runs, arguments.recipe, thorough=arguments.thorough)
     print(json.dumps(result, indent=1) if arguments.json else table(result))
     if arguments.save:
         print(f"saved as {save(result)}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 Runs the recipe in a fresh folder per seed, watching time and memory from outside, then reads claims off the run
 folders. A claim holds only if it holds for every seed; the printed value is the mean, with the spread beside it.
-Everything but memory can be read again from a run folder later (`--from-runs`); memory is kept in its bench.json.
+A run asks each of its checkpoints few questions, to be short; the bench asks them again with more (`examine`), outside
+the time that is measured, because a claim of 3 points cannot be judged by 15 questions. Everything but memory can be
+read again from a run folder later (`--from-runs`); memory is kept in its bench.json.
 """
 
 import json
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fullarc.evals.stats import spread
 
 RECIPE = Path("recipes/laptop.toml")
 POLL_S = 0.25
+THOROUGH = {"heldout_tokens": 16_384, "problems": 64, "instructions": 24, "episodes": 16, "needles": 20}
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -241,7 +244,9 @@ def read_run(folder: Path) -> Run:
     report = collect(folder)
     scores: dict[str, Scores] = {}
     for stage in report["stages"]:
-        path = folder / "stages" / stage["name"] / "eval" / "scores.json"
+        own = folder / "stages" / stage["name"] / "eval" / "scores.json"
+        path = folder / "bench" / stage["name"] / "scores.json"
+        path = path if path.exists() else own
         if path.exists():
             scores[stage["name"]] = Scores.load(path)
     kinds = {stage["name"]: stage["type"] for stage in report["stages"]}
@@ -267,6 +272,23 @@ def read_run(folder: Path) -> Run:
         peak,
         report["machine"],
     )
+
+
+def examine(folder: Path) -> None:
+    """Ask every checkpoint of a finished run as many questions as THOROUGH says; <folder>/bench/STAGE/scores.json.
+
+    What is there already is not asked again. The first questions are those of the run's own evaluation.
+    """
+    from fullarc.config.recipe import load_recipe
+    from fullarc.config.runfolder import RESOLVED
+    from fullarc.evals.stage import evaluate, job_of
+
+    recipe = load_recipe(folder / RESOLVED).recipe
+    for name in recipe.stages:
+        model, out = folder / "stages" / name / "checkpoint", folder / "bench" / name
+        if model.exists() and not (out / "scores.json").exists():
+            job = job_of(recipe, name, model)
+            evaluate(replace(job, settings=recipe.eval.model_copy(update=THOROUGH)), out)
 
 
 def run_recipe(seed: int, runs_dir: Path, recipe: Path = RECIPE) -> Path:
@@ -324,4 +346,4 @@ def _descendants(root: int, parents: dict[int, int]) -> Iterable[int]:
     return family
 
 
-__all__ = ["CLAIMS", "COLUMNS", "Claim", "Run", "judge", "read_run", "run_recipe", "shortfall", "tree_bytes"]
+__all__ = ["CLAIMS", "COLUMNS", "Claim", "Run", "examine", "judge", "read_run", "run_recipe", "shortfall", "tree_bytes"]

@@ -9,7 +9,7 @@ answers): enough to fill its cells honestly, with a larger standard error.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,20 @@ class Job:
 
 def run(ctx: StageContext) -> dict[str, Any]:
     """Evaluate the checkpoint of stage `ctx.name`; called after every model stage."""
-    stages = ctx.recipe.stages
-    names = list(stages)
-    so_far = names[: names.index(ctx.name) + 1]
     assert ctx.model_in is not None, "an evaluation follows a model stage"
-    job = Job(
-        ctx.name, ctx.model_in, ctx.stage, ctx.recipe.sandbox, heldout_of(ctx.model_in),
-        chats=any(isinstance(stages[name], SFT) for name in so_far), families=ctx.recipe.tasks.families,
-    )  # fmt: skip
+    job = replace(job_of(ctx.recipe, ctx.name, ctx.model_in), settings=ctx.stage)
     scores = evaluate(job, ctx.out)
     return {key: score.value for key, score in scores.scores.items()}
+
+
+def job_of(recipe: Any, stage: str, model_dir: Path) -> Job:
+    """The evaluation of a stage's checkpoint as its recipe says."""
+    names = list(recipe.stages)
+    so_far = names[: names.index(stage) + 1]
+    return Job(
+        stage, model_dir, recipe.eval, recipe.sandbox, heldout_of(model_dir),
+        chats=any(isinstance(recipe.stages[name], SFT) for name in so_far), families=recipe.tasks.families,
+    )  # fmt: skip
 
 
 def run_of(model_dir: Path) -> Path:
