@@ -162,3 +162,13 @@ def test_mismatch_sees_an_engine_that_disagrees():
     assert learner.mismatch(same)["parity_max"] < 1e-5
     assert learner.mismatch(chosen(learner, stage, batch_of(nano(5), stage)))["parity_max"] > 1e-3
     assert learner.mismatch([]) == {} and learner.update([]) == {}
+
+
+def test_the_learning_rate_falls_linearly_over_all_updates_if_it_is_told_to():
+    stage = settings(schedule="linear", lr=1e-2, lr_end=1e-3, steps=2, updates_per_push=2)
+    learner = Learner(nano(), stage)
+    items = chosen(learner, stage, batch_of(nano(), stage))
+    means = [learner.update(items)["lr"] for _ in range(2)]
+    # 10, 7, 4 and 1 thousandths, two a push
+    assert means == pytest.approx([8.5e-3, 2.5e-3])
+    assert Learner(nano(), settings(lr=1e-2, steps=2)).trainer.lr(1) == 1e-2

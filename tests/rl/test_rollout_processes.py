@@ -88,18 +88,18 @@ def test_restarts_are_bounded(tmp_path):
 
 
 def test_a_dead_engine_is_noticed_while_the_worker_waits(tmp_path):
-    with rollouts(tmp_path, ["hang"], stall_s=60) as made:
+    with rollouts(tmp_path, ["hang"], stall_s=60, engines=2) as made:
         made.order(0, tmp_path, 0)
-        os.kill(made._children["engine"].pid, signal.SIGKILL)
+        os.kill(made._children["engine-1"].pid, signal.SIGKILL)
         assert len(made.collect(0)) == 1
-    assert "the engine died" in made.events[1][1]["reason"]
+    assert "the engine-1 died" in made.events[1][1]["reason"]
 
 
 def test_an_engine_that_never_starts_is_an_error_for_people(tmp_path):
     made = rollouts(tmp_path, engine="import sys; sys.exit('no such model')", max_restarts=1)
-    with made, pytest.raises(FullarcError, match="the engine died"):
+    with made, pytest.raises(FullarcError, match="the engine-0 died"):
         made.order(0, tmp_path, 0)
-    assert "no such model" in (tmp_path / "logs" / "engine.log").read_text()
+    assert "no such model" in (tmp_path / "logs" / "engine-0.log").read_text()
 
 
 def test_slow_progress_is_progress(tmp_path):

@@ -34,7 +34,8 @@ _RL_2M: Layer = {
     "micro_batch_tokens": 2048,
     "save_every": 10,
 }
-_SINGLE_TURN_2M = {"max_turns": 1, "max_new_tokens": 48, "max_len": 256}
+# on-policy, so the trainer's core is free while one samples
+_SINGLE_TURN_2M = {"max_turns": 1, "max_new_tokens": 48, "max_len": 256, "engines": 2}
 _RL_LARGE: Layer = {
     "steps": 100,
     "prompts": 16,

@@ -156,7 +156,9 @@ class RLStage(Settings):
     eps_low: float = Field(0.2, ge=0, description="Lower width of the trust region of the ratio.")
     eps_high: float = Field(0.28, ge=0, description="Upper width of the trust region of the ratio.")
     optimizer: Literal["adamw", "muon_split", "muon"] = Field("adamw", description="Update rule.")
-    lr: float = Field(1e-6, ge=0, description="Learning rate, constant.")
+    lr: float = Field(1e-6, ge=0, description="Learning rate of the first step.")
+    lr_end: float = Field(0.0, ge=0, description="Learning rate of the last step, unless it is constant.")
+    schedule: Literal["linear", "constant"] = Field("constant", description="Way from lr to lr_end.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay per unit of learning rate.")
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm limit.")
     freeze_indexer: bool = Field(True, description="Keep the DSA indexer's weights (3.2).")
@@ -174,6 +176,7 @@ class RLStage(Settings):
     )
     micro_batch_tokens: int = Field(8192, ge=8, description="Padded tokens per forward pass of the trainer.")
     concurrency: int = Field(64, ge=1, description="Episodes in flight at once.")
+    engines: int = Field(1, ge=1, description="Engine processes that share the sampling.")
     save_every: int = Field(5, ge=1, description="Steps between resumable checkpoints.")
     updates_per_push: int = Field(
         1, ge=1, description="Optimizer updates (minibatches of whole groups) per step and weight push (K)."

@@ -346,4 +346,15 @@ def _descendants(root: int, parents: dict[int, int]) -> Iterable[int]:
     return family
 
 
-__all__ = ["CLAIMS", "COLUMNS", "Claim", "Run", "examine", "judge", "read_run", "run_recipe", "shortfall", "tree_bytes"]
+__all__ = [
+    "CLAIMS",
+    "COLUMNS",
+    "Claim",
+    "Run",
+    "examine",
+    "judge",
+    "read_run",
+    "run_recipe",
+    "shortfall",
+    "tree_bytes",
+]

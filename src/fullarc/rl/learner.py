@@ -20,7 +20,7 @@ from fullarc.rl.advantages import group_normalised, mean_centred
 from fullarc.rl.batch import ROW_TOKENS, PackedRows, minibatches, pack
 from fullarc.rl.groups import Trained
 from fullarc.rl.losses import PolicyLoss, TokenStats, direct_double_sided, icepop_grpo, opd
-from fullarc.train import LossSum, OptimSettings, Trainer, token_logprobs, trained
+from fullarc.train import LossSum, OptimSettings, Trainer, schedule, token_logprobs, trained
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,12 @@ class Learner:
             OptimSettings(
                 kind=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.grad_clip
             ),
-            lambda step: settings.lr,
+            schedule(
+                peak=settings.lr,
+                final=settings.lr_end,
+                total=settings.steps * settings.updates_per_push,
+                shape=settings.schedule,
+            ),
             trained(indexer=not settings.freeze_indexer, mtp=False),
             workers=workers,
         )

@@ -1,12 +1,12 @@
-"""The rollout side as seen from the trainer: an engine server and a rollout worker, two child processes.
+"""The rollout side as seen from the trainer: engine servers and a rollout worker, child processes all of them.
 
 Orders go to the worker as JSON lines, finished batches come back as files. Whatever goes wrong (a process
-dies, the worker reports an error, nothing finishes for too long) has one answer: both are killed, started
+dies, the worker reports an error, nothing finishes for too long) has one answer: all are killed, started
 again, and given the orders that are not on disk yet; a batch depends on its order only, so it comes out the
 same. After `max_restarts` the stage fails with the reason.
 
 Invariants: every wait has a bound; the children die with this process, however it dies (the worker sees its
-stdin close, the engine watches its parent).
+stdin close, the engines watch their parent).
 """
 
 import json
@@ -115,12 +115,16 @@ class ProcessRollouts:
     """`loop.Rollouts` over real processes; use as a context manager.
 
     Attributes:
-        job: what the worker needs to know (see `rl.worker.Job`), without `engine_url` and `out`.
+        job: what the worker needs to know (see `rl.worker.Job`), without `engine_urls` and `out`.
         trajectories: folder of the batch files.
         logs: folder of the children's stderr.
         engine: command of our own engine server, which prints {"port": …} when ready; empty with one
-        elsewhere. engine_url: that one's address. worker: command of the worker. max_restarts, stall_s: see
-        `RLStage`. event: told about starts and restarts.
+            elsewhere.
+        engine_url: that one's address.
+        engines: how many of our own share the work.
+        worker: command of the worker.
+        max_restarts, stall_s: see `RLStage`.
+        event: told about starts and restarts.
     """
 
     job: dict[str, Any]
@@ -128,6 +132,7 @@ class ProcessRollouts:
     logs: Path
     engine: Sequence[str] = ()
     engine_url: str = ""
+    engines: int = 1
     worker: Sequence[str] = WORKER
     max_restarts: int = 3
     stall_s: float = 300.0
@@ -178,19 +183,25 @@ class ProcessRollouts:
                 action = self._start
 
     def _start(self) -> None:
-        url = self.engine_url
+        urls = [self.engine_url]
         if self.engine:
-            engine = self._children["engine"] = Child("engine", self.engine, self.logs / "engine.log")
-            ready = engine.receive(START_S)
-            if ready is None or "port" not in ready:
-                raise ChildFailed(f"the engine was not ready within {START_S:.0f} s")
-            url = f"http://127.0.0.1:{ready['port']}"
+            names = [f"engine-{number}" for number in range(self.engines)]
+            ours = [Child(name, self.engine, self.logs / f"{name}.log") for name in names]
+            self._children |= dict(zip(names, ours, strict=True))
+            urls = [self._url(engine) for engine in ours]
         worker = self._children["worker"] = Child("worker", self.worker, self.logs / "worker.log")
-        worker.send(self.job | {"engine_url": url, "out": str(self.trajectories.absolute())})
+        worker.send(self.job | {"engine_urls": urls, "out": str(self.trajectories.absolute())})
         for batch in sorted(self._orders):
             if not batch_path(self.trajectories, batch).exists():
                 worker.send(self._orders[batch])
         self.event("rollout_start", pids={name: child.pid for name, child in self._children.items()})
+
+    def _url(self, engine: Child) -> str:
+        """Where a started engine answers."""
+        ready = engine.receive(START_S)
+        if ready is None or "port" not in ready:
+            raise ChildFailed(f"the {engine.name} was not ready within {START_S:.0f} s")
+        return f"http://127.0.0.1:{ready['port']}"
 
     def _wait(self, path: Path) -> None:
         """Until `path` exists. ChildFailed when a child is gone, reports an error, or nothing moves for stall_s."""
@@ -201,8 +212,8 @@ class ProcessRollouts:
                 quiet_until = time.monotonic() + self.stall_s
                 if message.get("event") == "error":
                     raise ChildFailed(message.get("message", "the worker failed"))
-            elif "engine" in self._children and not self._children["engine"].alive():
-                raise ChildFailed(f"the engine died (see {self.logs / 'engine.log'})")
+            elif dead := [c for c in self._children.values() if c.name != "worker" and not c.alive()]:
+                raise ChildFailed(f"the {dead[0].name} died (see {dead[0].log})")
             elif time.monotonic() > quiet_until:
                 raise ChildFailed(f"no episode finished within {self.stall_s:.0f} s")
 

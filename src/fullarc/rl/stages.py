@@ -78,6 +78,7 @@ def _run(ctx: StageContext, kinds: Sequence[str], teachers: dict[str, Any] | Non
         logs=ctx.out / "logs",
         engine=[] if ctx.recipe.engine.url else engine_command(ctx),
         engine_url=ctx.recipe.engine.url,
+        engines=ctx.stage.engines,
         max_restarts=ctx.stage.max_restarts,
         stall_s=ctx.stage.stall_s,
         event=ctx.event,

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from fullarc.rollout.episodes import Judge, Limits, agent_episode, single_turn
 from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.ledger import Ledger
 from fullarc.rollout.orchestrator import Job, read_batch, run_batch, write_batch
+from fullarc.rollout.replicas import Replicas
 from fullarc.rollout.trajectory import EpisodeKey, Trajectory
 from fullarc.sandbox import Limits as SandboxLimits
 from fullarc.sandbox import Sandbox
@@ -52,7 +53,7 @@ class WorkerJob:
         tokenizer: folder.
         ledger: SQLite file.
         sandbox: fields of `SandboxSettings`.
-        engine_url, out: filled in by `ProcessRollouts`: the engine, and the folder of the batch files.
+        engine_urls, out: filled in by `ProcessRollouts`: the engines, and the folder of the batch files.
     """
 
     stage: str
@@ -69,7 +70,7 @@ class WorkerJob:
     tokenizer: str
     ledger: str
     sandbox: dict[str, Any]
-    engine_url: str = ""
+    engine_urls: list[str] = field(default_factory=list)
     out: str = ""
 
     def message(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ async def serve(job: WorkerJob, orders: "asyncio.Queue[dict[str, Any]]") -> None
         for path in sorted(Path(job.out).glob("step-*.jsonl")):
             read_batch(path, ledger)
         ledger.reclaim(job.stage)
-        async with EngineClient(job.engine_url, timeout_s=ENGINE_TIMEOUT_S) as engine:
+        async with Replicas(job.engine_urls, timeout_s=ENGINE_TIMEOUT_S) as engine:
             sampler = Sampler(job, engine, tok)
             while True:
                 say(await sampler.batch(await orders.get(), ledger))
