@@ -129,6 +129,22 @@ def test_a_repaired_function_passes_however_it_is_written():
     )
 
 
+def test_compiled_code_that_differs_from_its_source_does_not_count():
+    instance = instance_of("fix_python")
+    file = next(name for name in instance.files if name.endswith(".py"))
+    oracle = next(step.command for step in instance.solution if step.command and "sed" in step.command)
+    compiled = (
+        f'import py_compile as p; p.compile("{file}", invalidation_mode=p.PycInvalidationMode.UNCHECKED_HASH)'
+    )
+    plant = (
+        f"cp {file} old; {oracle}; /usr/bin/python3 -c '{compiled}'; mv old {file}; sh test.sh | grep ok >&2"
+    )
+    with Sandbox.create(instance.files) as sandbox:
+        assert sandbox.exec(plant).stderr == "ok\n"
+        assert get("fix_python").grade(instance, "", sandbox.snapshot()).value == 0
+    assert reward_after(instance, oracle) == 1
+
+
 def test_collateral_damage_fails():
     instance = instance_of("replace")
     oracle = instance.solution[0].command
@@ -281,8 +297,9 @@ def test_the_script_in_any_container(programs, change, reward):
     tests = {f"/tests/{path}": text for path, text in hidden_tests(WANTED).items()}
     with Sandbox.create({**WANTED, **tests, "/logs/verifier/": ""}) as sandbox:
         sandbox.exec(
-            f"cd /usr/bin; mkdir /tmp/bin; for p in {programs}; do ln -s /usr/bin/$p /tmp/bin/$p; done"
-        )
+            "mkdir /tmp/bin; cd /tmp/bin; echo 'echo $$' > cat; chmod 755 cat"
+        )  # never twice the same
+        sandbox.exec(f"for program in {programs}; do ln -sf /usr/bin/$program /tmp/bin/$program; done")
         sandbox.exec(f"{change}\nPATH=/tmp/bin\n. /tests/test.sh")
         assert sandbox.read(REWARD) == f"{reward}\n".encode()
 

@@ -32,9 +32,7 @@ def keep_capabilities_from_commands():
     """Empty the inheritable set, and with it the ambient one: then whatever is executed has no capability."""
     header = CAPABILITY_VERSION.to_bytes(4, sys.byteorder) + bytes(4)
     kill = (1 << CAP_KILL).to_bytes(4, sys.byteorder)
-    sets = (
-        kill + kill + bytes(4) + bytes(12)
-    )  # effective, permitted, inheritable; the same for capabilities over 31
+    sets = kill + kill + bytes(16)  # effective, permitted, inheritable; then the same for higher capabilities
     capset = _ctypes.dlsym(_ctypes.dlopen(None, 0), "capset")
     if _ctypes.call_function(capset, (header, sets)) != 0:
         raise SystemExit("the sandbox server could not keep its capability to itself")
