@@ -94,6 +94,12 @@ def test_it_is_nobody_without_powers(sandbox):
     assert sandbox.exec("ls /x /dev/x /usr/x 2>/dev/null").stdout == ""
 
 
+def test_the_servers_capability_cannot_be_inherited(sandbox):
+    assert (
+        sandbox.exec("grep -c -E 'Cap(Inh|Eff|Prm|Amb):.0000000000000000$' /proc/self/status").stdout == "4\n"
+    )
+
+
 def test_nobody_is_root_outside(sandbox):
     """Started by root it is the user nobody, started by anyone else it is that user."""
     status = Path(f"/proc/{sandbox._process.pid}/status").read_text()
@@ -137,6 +143,39 @@ def test_a_hostile_command_yields_a_result_and_leaves_the_sandbox_usable(sandbox
     assert sandbox.exec("chmod 755 /work; echo ok").stdout == "ok\n"
     assert sandbox.exec(COUNT_PROCESSES).stdout == "2\n"  # nothing was left running
     assert isinstance(sandbox.snapshot(), dict)
+
+
+def test_a_refilled_sandbox_is_as_if_it_were_new(sandbox):
+    sandbox.exec(
+        "ln -s / root; ln -s none dangling; mkfifo pipe; mkdir -p d/e; touch .hidden 'a\nb' \"$(printf '\\377')\""
+    )
+    sandbox.exec("echo x > locked; chmod 0 locked; mkdir -m 300 unreadable; rmdir unreadable")
+    sandbox.exec("for d in /tmp /logs /tests /dev/shm; do mkdir -p $d/x/y; echo z > $d/x/y/z; done")
+    sandbox.refill({"b/c": "new", "/tests/t": "t"})
+    assert sandbox.snapshot() == {"b/c": b"new"} and sandbox.snapshot("/tests") == {"t": b"t"}
+    assert sandbox.exec("find /work /tmp /logs /tests /dev/shm -mindepth 1 | wc -l").stdout == "3\n"
+    assert sandbox.exec("ls -d /usr /bin /app/b").exit_code == 0
+
+
+UNDELETABLE = {
+    "locked": "mkdir d; touch d/x; chmod 500 d",
+    "too deep": HOSTILE["deep folders"],
+    "a locked folder of ours": "touch /logs/x; chmod 0 /logs",
+}
+
+
+@pytest.mark.parametrize("command", UNDELETABLE.values(), ids=UNDELETABLE)
+def test_what_cannot_be_refilled_says_so(sandbox, command):
+    sandbox.exec(command, timeout=0.5)
+    with pytest.raises(InfraError, match="filled anew"):
+        sandbox.refill({})
+
+
+def test_a_refill_that_does_not_fit_says_so(sandbox):
+    with pytest.raises(InfraError, match="filled anew"):
+        sandbox.refill({"a": bytes(17 << 20)})
+    with Sandbox.create(backend="unsafe-local") as local, pytest.raises(InfraError, match="filled anew"):
+        local.refill({})
 
 
 def test_endless_output_is_cut_and_a_timeout_is_said(sandbox):
@@ -248,6 +287,15 @@ def test_a_sandbox_that_cannot_start_says_why(monkeypatch):
         bubblewrap, "_command_line", lambda limits: ["sh", "-c", "echo no namespaces >&2", "sh"]
     )
     with pytest.raises(InfraError, match="no namespaces"):
+        Sandbox.create()
+
+
+def test_a_python_that_cannot_compile_the_server_says_why(monkeypatch, tmp_path):
+    broken = tmp_path / "python3"
+    broken.write_text("#!/bin/sh\necho no modules >&2; exit 1")
+    broken.chmod(0o755)
+    monkeypatch.setattr(bubblewrap, "PYTHON", str(broken))
+    with pytest.raises(InfraError, match="no modules"):
         Sandbox.create()
 
 

@@ -129,6 +129,22 @@ def test_a_repaired_function_passes_however_it_is_written():
     )
 
 
+def test_compiled_code_that_differs_from_its_source_does_not_count():
+    instance = instance_of("fix_python")
+    file = next(name for name in instance.files if name.endswith(".py"))
+    oracle = next(step.command for step in instance.solution if step.command and "sed" in step.command)
+    compiled = (
+        f'import py_compile as p; p.compile("{file}", invalidation_mode=p.PycInvalidationMode.UNCHECKED_HASH)'
+    )
+    plant = (
+        f"cp {file} old; {oracle}; /usr/bin/python3 -c '{compiled}'; mv old {file}; sh test.sh | grep ok >&2"
+    )
+    with Sandbox.create(instance.files) as sandbox:
+        assert sandbox.exec(plant).stderr == "ok\n"
+        assert get("fix_python").grade(instance, "", sandbox.snapshot()).value == 0
+    assert reward_after(instance, oracle) == 1
+
+
 def test_collateral_damage_fails():
     instance = instance_of("replace")
     oracle = instance.solution[0].command
@@ -228,6 +244,76 @@ def test_a_verifier_that_hangs_is_not_a_zero(monkeypatch):
 def test_an_expected_file_has_to_exist_even_if_it_is_empty():
     assert verify({}, hidden_tests({"empty": ""})).value == 0
     assert verify({"empty": b""}, hidden_tests({"empty": ""})).value == 1
+
+
+WANTED = {"a": "x\n", "d/b": "y\nz\n", "e": ""}
+LEFT = {
+    "exactly": ({}, 1),
+    "no last newline": ({"a": b"x"}, 1),
+    "more last newlines": ({"a": b"x\n\n\n", "e": b"\n"}, 1),
+    "more files": ({"more": b"1", "d/more": b"2", "tests/expected/a": b"3"}, 1),
+    "a newline before": ({"a": b"\nx\n"}, 0),
+    "a space behind": ({"a": b"x \n"}, 0),
+    "a line less": ({"d/b": b"y\n"}, 0),
+    "text for nothing": ({"e": b"e"}, 0),
+    "a folder for a file": ({"e": None, "e/": b""}, 0),
+    "one missing": ({"d/b": None}, 0),
+    "an empty one missing": ({"e": None}, 0),
+    "the folder missing": ({"f/": None}, 0),
+    "a file for the folder": ({"f/": None, "f": b""}, 0),
+    "one too many": ({"gone": b""}, 0),
+}
+
+
+@pytest.mark.parametrize(("change", "value"), LEFT.values(), ids=LEFT)
+def test_what_is_overlooked_and_what_is_not(change, value):
+    done = {path: text.encode() for path, text in WANTED.items()} | {"f/": b""} | change
+    tests = hidden_tests({**WANTED, "f/": "", "gone": None})
+    files = {path: data for path, data in done.items() if data is not None}
+    assert verify(files, tests) == Reward(float(value), {"tests": float(value)})
+
+
+@pytest.mark.parametrize(
+    ("printed", "value"), [("1\n2\n", 1), ("1\n2", 1), ("1\n2\n\n", 1), ("1 2\n", 0), ("", 0), ("12\n", 0)]
+)
+def test_of_what_is_printed_only_newlines_at_the_end_are_overlooked(printed, value):
+    tests = hidden_tests({}, ("cat out", "1\n2\n"))
+    assert verify({"out": printed.encode()}, tests).value == value
+
+
+@pytest.mark.parametrize(
+    ("programs", "change", "reward"),
+    [
+        ("find diff", "", "1"),  # nothing else is started for an episode that did it
+        ("find diff", ": > more; : > d/more", "1"),
+        ("find cat", "", "1"),  # where there is no diff
+        ("find cat", "echo 2 >> a", "0"),
+        ("find diff cat", "chmod 0 a", "0"),  # trouble is not the same as no difference
+        ("find diff cat", "ln -s / link", "0"),
+        ("find diff cat", "mv a b; ln -s b a", "0"),
+    ],
+)
+def test_the_script_in_any_container(programs, change, reward):
+    tests = {f"/tests/{path}": text for path, text in hidden_tests(WANTED).items()}
+    with Sandbox.create({**WANTED, **tests, "/logs/verifier/": ""}) as sandbox:
+        sandbox.exec(
+            "mkdir /tmp/bin; cd /tmp/bin; echo 'echo $$' > cat; chmod 755 cat"
+        )  # never twice the same
+        sandbox.exec(f"for program in {programs}; do ln -sf /usr/bin/$program /tmp/bin/$program; done")
+        sandbox.exec(f"{change}\nPATH=/tmp/bin\n. /tests/test.sh")
+        assert sandbox.read(REWARD) == f"{reward}\n".encode()
+
+
+def test_the_script_makes_its_folder_and_removes_older_rewards():
+    tests = {f"/tests/{path}": text for path, text in hidden_tests(WANTED).items()}
+    for old in (
+        {},
+        {"/logs/verifier": ""},
+        {"/logs/verifier/reward.json": '{"reward": 0}', REWARD + "/x": ""},
+    ):
+        with Sandbox.create({**WANTED, **tests, **old}) as sandbox:
+            sandbox.exec("sh /tests/test.sh")
+            assert sandbox.snapshot("/logs/verifier") == {"reward.txt": b"1\n"}
 
 
 def test_a_stale_reward_is_not_read():

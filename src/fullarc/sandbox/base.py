@@ -1,4 +1,4 @@
-"""The sandbox interface: four methods, one result, one error (envs.md 2.4).
+"""The sandbox interface: five methods, one result, one error (envs.md 2.4).
 
 Invariants that every backend but `unsafe-local` keeps:
 - a file or process of the host is never visible, touched or signalled;
@@ -96,6 +96,14 @@ class Sandbox(ABC):
     @abstractmethod
     def write(self, files: Mapping[str, bytes | str]) -> None:
         """Write files, making their folders. FullarcError if the sandbox refuses one (full, a folder in the way)."""
+
+    def refill(self, files: Mapping[str, bytes | str]) -> None:
+        """Delete all that was ever stored in the sandbox, then write `files`: as if it were new. Not every backend can.
+
+        Raises:
+            InfraError: not all could be deleted, or not all be written; it must not be used any more.
+        """
+        raise InfraError("This sandbox cannot be filled anew.")
 
     @abstractmethod
     def snapshot(self, root: str = WORKDIR) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ the write ends of the host's stdout and stderr pipes. The reply is the exit code
 prints never meets the protocol, and being process 1 of its own pid namespace makes the server immune to signals
 from inside; the one capability it keeps (CAP_KILL) makes it unreadable for commands, which keep none.
 
-Only `_socket` and builtin modules: importing more would double the start-up time.
+Only `_socket`, `_ctypes` and builtin modules: importing more would double the start-up time.
 """
 
 import os
@@ -16,6 +16,7 @@ import select
 import stat
 import sys
 
+import _ctypes
 import _socket
 
 if os.getpid() != 1:
@@ -23,8 +24,18 @@ if os.getpid() != 1:
         "the sandbox server must be process 1 of its own namespace"
     )  # or kill(-1) would hit the host
 
-SHELL = ["/usr/bin/setpriv", "--ambient-caps=-all", "--inh-caps=-all", "/bin/sh", "-c"]
+CAPABILITY_VERSION, CAP_KILL = 0x20080522, 5
 MAX_DEPTH = 32
+
+
+def keep_capabilities_from_commands():
+    """Empty the inheritable set, and with it the ambient one: then whatever is executed has no capability."""
+    header = CAPABILITY_VERSION.to_bytes(4, sys.byteorder) + bytes(4)
+    kill = (1 << CAP_KILL).to_bytes(4, sys.byteorder)
+    sets = kill + kill + bytes(16)  # effective, permitted, inheritable; then the same for higher capabilities
+    capset = _ctypes.dlsym(_ctypes.dlopen(None, 0), "capset")
+    if _ctypes.call_function(capset, (header, sets)) != 0:
+        raise SystemExit("the sandbox server could not keep its capability to itself")
 
 
 def read_all(fd):
@@ -59,7 +70,7 @@ def run(out, err, limits, command, stdin):
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (value, value))
-    os.execv(SHELL[0], SHELL + [command])
+    os.execv("/bin/sh", ["/bin/sh", "-c", command])
 
 
 def put(out, err, *fields):
@@ -73,6 +84,21 @@ def put(out, err, *fields):
             )
             write_all(fd, content)
             os.close(fd)
+
+
+def empty(folder):
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            empty(entry.path)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def refill(out, err, roots, *fields):
+    for root in unpack(roots):
+        empty(root)
+    put(out, err, *fields)
 
 
 def get(out, err, root):
@@ -101,7 +127,7 @@ def child(request, out, err):
         os.chmod(b"/work", 0o755)  # an earlier command may have locked itself out
         os.chdir(b"/work")
         op, *fields = unpack(read_all(request))
-        {b"run": run, b"put": put, b"get": get}[op](out, err, *fields)
+        {b"run": run, b"put": put, b"get": get, b"refill": refill}[op](out, err, *fields)
         os._exit(0)
     except BaseException as error:
         os.write(err, f"{type(error).__name__}: {error}".encode())
@@ -148,6 +174,7 @@ def serve(sock):
         sock.send(b"%d\n" % code)
 
 
+keep_capabilities_from_commands()
 socket_fd = int(sys.argv[1])
 os.set_inheritable(socket_fd, False)
 channel = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, socket_fd)

@@ -66,7 +66,9 @@ def fix_python(rng: random.Random) -> Job:
     check = f"from {module} import {name}; r = {name}({a}, {b}); {verdict}"
     test = f'python3 -BES -c "{check}" 2>&1 | tail -n 1\n'
     calls = "; ".join(f"print({name}({x}, {y}))" for x, y, _ in hidden)
-    run = f"cd /work\npython3 -BES -X pycache_prefix=/tmp/none -c 'from {module} import {name}; {calls}'\n"
+    # Compiled files of the agent do not count; those of Python itself do, so this is no option of its start.
+    prefix = 'import sys; sys.pycache_prefix = "/tmp/none"'
+    run = f"cd /work\npython3 -BES -c '{prefix}; from {module} import {name}; {calls}'\n"
     expected = "".join(f"{z}\n" for _, _, z in hidden)
     return _job(rng.choice(ASKS), f"{module}.py", code, test, (expression, thought), (run, expected))
 
