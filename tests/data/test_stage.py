@@ -13,7 +13,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, is_complete
 from fullarc.config.recipe import load_recipe
 from fullarc.config.runfolder import CONVERSATIONS, LANGUAGE
-from fullarc.data import read_documents, read_rows
+from fullarc.data import longctx, read_documents, read_rows, stage
 from fullarc.data.corpus import Document
 from fullarc.data.stage import build_tokenizer, pack_conversations, run, sft_rows
 
@@ -216,3 +216,16 @@ def test_the_tasks_language_enters_the_tokenizer_as_often_as_its_weight_says(tmp
         run(ctx)
         pieces.append(len(Tokenizer.load(ctx.run_dir / "data" / "tokenizer").encode(" zebraphone")))
     assert pieces[0] >= pieces[1] > pieces[2] == 1, "every merge of the word, once it is frequent enough"
+
+
+def test_every_sort_of_single_question_is_asked_at_every_length(monkeypatch, tok):
+    made = set()
+
+    def document(tok, filler, length, seed, number):
+        if number % 4 == 3:
+            made.add((longctx.SORTS[number // 4 % 4], length))
+        return [1], [1]
+
+    monkeypatch.setattr(stage, "document", document)
+    stage._synthetic([], tok, 1024, 100 * 1024, 0)
+    assert made == {(sort, length) for sort in longctx.SORTS for length in (256, 512, 1024)}

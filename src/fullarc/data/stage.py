@@ -220,8 +220,8 @@ def _synthetic(
     lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
 
     def size(number: int) -> int:
-        # shifted in each round, as every fourth is a single question; each sort of these stays at one length
-        return lengths[(number + number // 4) % 4]
+        # every fourth is a single question, of a sort that changes each time: shifted so that each sort meets each length
+        return lengths[(number + number // 4 + number // 16) % 4]
 
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
     count = round(4 * tokens / sum(lengths))
