@@ -220,7 +220,7 @@ def _synthetic(
     lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
 
     def size(number: int) -> int:
-        # every fourth is a single question, of a sort that changes each time: shifted so that each sort meets each length
+        # every fourth is a single question, of a sort that changes each time: shifted so that all meet all lengths
         return lengths[(number + number // 4 + number // 16) % 4]
 
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
