@@ -169,6 +169,49 @@ def test_continuations_of_a_shared_prefix_equal_separate_copies() -> None:
 # --- MTP alignment --------------------
 
 
+@pytest.mark.parametrize("topk", [4096, 40])
+@pytest.mark.parametrize("indexer_loss", ["off", "sparse"])
+def test_packed_rows_of_many_blocks_equal_their_documents_alone(topk: int, indexer_loss: str) -> None:
+    """Documents of very different lengths, some continuing a shared stem, in rows of several blocks of keys."""
+    net = model(index_topk=topk, max_position_embeddings=1024)
+    generator = torch.Generator().manual_seed(3)
+    stem, sizes = 70, [[150, 90, 200, 40], [20, 300, 60, 100]]
+    ids = torch.randint(0, net.config.vocab_size, (2, 560), generator=generator)
+    docs, parents, alone = torch.zeros_like(ids), torch.zeros_like(ids), []
+    for row, lengths in enumerate(sizes):
+        docs[row, :stem], at = 1, stem
+        for number, length in enumerate(lengths, start=2):
+            inherits = number % 2 == 0
+            docs[row, at : at + length], parents[row, at : at + length] = number, int(inherits)
+            own = ids[row, at : at + length]
+            whole = torch.cat((ids[row, :stem], own)) if inherits else own
+            alone.append((row, slice(at, at + length), whole[None], len(whole) - length))
+            at += length
+    packed = net.trunk(ids, docs, parents, indexer_loss)
+    for row, part, whole, skip in alone:
+        single = net.trunk(whole).hidden_BTD[0, skip:]
+        torch.testing.assert_close(packed.hidden_BTD[row, part], single, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_row_never_makes_a_tensor_of_all_pairs() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    length = 4096
+    net = model(index_topk=64, max_position_embeddings=length)
+    with Largest() as seen:
+        net.trunk(torch.zeros(1, length, dtype=torch.long)).hidden_BTD.sum().backward()
+    assert length * 64 < seen.size < length * length / 4
+
+
 def test_mtp_step_reads_the_right_tokens() -> None:
     """Step d at position t sees tokens up to t+1+d and nothing later."""
     net = model(index_topk=256)
