@@ -10,13 +10,14 @@ given whole blocks, and attention is tiled by absolute position.
 Shape suffixes: as in model/ops.py; N rows.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullarc.engine.attention import decode, prefill, rotate, swiglu
+from fullarc.engine.attention import Grid, Run, attend, decoding_grid, prompt_grids, rotate, swiglu
 from fullarc.engine.cache import Cache
 from fullarc.engine.weights import AttentionWeights, EngineWeights, FFNWeights, MoEWeights, padded_heads
 from fullarc.model.moe import ROW_BLOCK, dispatch
@@ -38,15 +39,20 @@ class Chunk:
 
 @dataclass
 class _Batch:
-    """A step's rows as tensors, and how attention must split them."""
+    """A step's rows as tensors, and the grids that attention splits them into.
+
+    Attributes:
+        cos, sin: [N, R], once for each half.
+        gather: rows in the order of the grids; back: for each row its place there.
+    """
 
     slots_N: Tensor
     positions_N: Tensor
     cos: Tensor
     sin: Tensor
-    decoding: int
-    longest: int
-    runs: list[Chunk]
+    grids: list[Grid]
+    gather: Tensor
+    back_N: Tensor
 
 
 class Core:
@@ -89,17 +95,23 @@ class Core:
             positions += range(chunk.start, chunk.start + len(chunk.ids))
         decoding = sum(len(chunk.ids) == 1 for chunk in chunks)
         assert all(len(chunk.ids) == 1 for chunk in chunks[:decoding]), "single-token chunks come first"
+        rows = itertools.accumulate((len(chunk.ids) for chunk in chunks), initial=0)
+        runs = [Run(c.slot, c.start, row, len(c.ids)) for c, row in zip(chunks, rows, strict=False)]
+        grids = [decoding_grid(runs[:decoding])] if decoding else []
+        grids += prompt_grids(runs[decoding:])
+        gather = [row for grid in grids for row in grid.rows]
+        place = {row: at for at, row in enumerate(gather)}
         padding = -len(ids) % PADDED_ROWS
         slots_N = torch.tensor(slots + [self.cache.padding_slot] * padding)
         positions_N = torch.tensor(positions + [0] * padding)
         batch = _Batch(
             slots_N,
             positions_N,
-            self.weights.cos[positions_N],
-            self.weights.sin[positions_N],
-            decoding,
-            max(positions[:decoding], default=0),
-            chunks[decoding:],
+            self.weights.cos[positions_N].repeat(1, 2),
+            self.weights.sin[positions_N].repeat(1, 2),
+            grids,
+            torch.tensor(gather).clamp_min_(0),
+            torch.tensor([place[row] for row in range(len(ids))] + [0] * padding),
         )
         return torch.tensor(ids + [0] * padding), batch
 
@@ -112,32 +124,30 @@ class Core:
         )
         latent = _norm(latent, w.kv_norm, eps)
         k_index = F.layer_norm(k_index, (c.index_head_dim,), *w.index_norm, eps=1e-6)
-        rotate(k_rope, batch.cos, batch.sin)
-        rotate(k_index[:, :rope], batch.cos, batch.sin)
+        new_keys = torch.cat((latent, k_rope, k_index), -1)
+        cos, sin = batch.cos[:, None], batch.sin[:, None]
+        # the main key and the index key rotate neighbouring columns
+        rotate(new_keys[:, c.kv_lora_rank :][:, : 2 * rope].unflatten(-1, (2, rope)), cos, sin)
         keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[batch.slots_N, :, batch.positions_N] = torch.cat((latent, k_rope, k_index), -1)
+        keys[batch.slots_N, :, batch.positions_N] = new_keys
         values[batch.slots_N, batch.positions_N] = latent
 
-        queries = torch.mm(_norm(q_latent, w.q_norm, eps), w.q)
-        heads, width = padded_heads(c), self.cache.width
-        q_NAW = queries[:, : heads * width].unflatten(-1, (heads, width))
-        iq_NJI = queries[:, heads * width :].unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        cos, sin = batch.cos[:, None], batch.sin[:, None]
+        q_latent = _norm(q_latent, w.q_norm, eps)
+        q_NAW = torch.mm(q_latent, w.q).unflatten(-1, (padded_heads(c), self.cache.width))
         rotate(q_NAW[..., c.kv_lora_rank :], cos, sin)
-        rotate(iq_NJI[..., :rope], cos, sin)
-
+        q_NAW = q_NAW.index_select(0, batch.gather)
         topk = self.cache.max_len if c.dense_attention else c.index_topk
-        out_NAC = h_ND.new_zeros(len(h_ND), heads, c.kv_lora_rank)
-        if n := batch.decoding:
-            rows = slice(0, n)
-            where = (batch.slots_N[rows], batch.positions_N[rows], batch.longest)
-            out_NAC[rows] = decode(q_NAW[rows], iq_NJI[rows], w_NJ[rows], *where, keys, values, topk)
-        for run in batch.runs:
-            rows = slice(n, n := n + len(run.ids))
-            out_NAC[rows] = prefill(
-                q_NAW[rows], iq_NJI[rows], w_NJ[rows], run.start, keys[run.slot], values[run.slot], topk
-            )
-        return torch.mm(out_NAC.flatten(1), w.out)
+        index = None
+        if any(grid.longest >= topk for grid in batch.grids):
+            iq_NJI = torch.mm(q_latent, w.index_q).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+            rotate(iq_NJI[..., :rope], cos, sin)
+            index = iq_NJI.index_select(0, batch.gather), w_NJ.index_select(0, batch.gather)
+        outs, at = [], 0
+        for grid in batch.grids:
+            own = slice(at, at := at + len(grid.rows))
+            mine = index and (index[0][own], index[1][own])
+            outs.append(attend(q_NAW[own], mine, grid, keys, values, topk))
+        return torch.mm(torch.cat(outs).index_select(0, batch.back_N).flatten(1), w.out)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
