@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fullarc.engine.cache import TILE
@@ -132,12 +131,6 @@ def attend(
     for start in range(TILE, size, TILE):
         out += torch.bmm(p[..., start : start + TILE], values[:, start : start + TILE])
     return out.view(queries, heads, -1)
-
-
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for stacked [in, out] weights; a leading expert dimension is kept."""
-    gate, up = torch.matmul(x, gate_up).chunk(2, dim=-1)
-    return torch.matmul(F.silu(gate) * up, down)
 
 
 def _blocks(length: int) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullarc.engine.attention import Grid, Run, attend, decoding_grid, prompt_grids, rotate, swiglu
+from fullarc.engine.attention import Grid, Run, attend, decoding_grid, prompt_grids, rotate
 from fullarc.engine.cache import Cache
 from fullarc.engine.weights import AttentionWeights, EngineWeights, FFNWeights, MoEWeights, padded_heads
 from fullarc.model.moe import ROW_BLOCK, dispatch
@@ -25,7 +25,6 @@ from fullarc.model.moe import ROW_BLOCK, dispatch
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
 # at the end of a tensor with other code and other last bits, so there must be nothing left over.
 PADDED_ROWS = 32
-DENSE_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -155,41 +154,21 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _ffn(w: FFNWeights, x_ND: Tensor) -> Tensor:
-    return swiglu(x_ND, w.gate_up, w.down)
+    """down(silu(gate x) * up x)."""
+    gate, up = torch.mm(x_ND, w.gate_up).chunk(2, dim=-1)
+    return torch.mm(F.silu(gate).mul_(up), w.down)
 
 
 def _moe(w: MoEWeights, x_ND: Tensor) -> Tensor:
-    """sum_e g_e E_e(x) + shared(x), experts added in ascending order in both forms, so both give equal bits."""
+    """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows."""
     _, chosen_NK, g_NK = w.router(x_ND)
-    y_ND = (
-        _every_expert(w, x_ND, chosen_NK, g_NK)
-        if len(x_ND) <= DENSE_ROWS
-        else _dispatched(w, x_ND, chosen_NK, g_NK)
-    )
-    return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
-
-
-def _every_expert(w: MoEWeights, x_ND: Tensor, chosen_NK: Tensor, g_NK: Tensor) -> Tensor:
-    """Few rows: one batched product over all experts is cheaper than a loop."""
-    out_END = swiglu(x_ND.expand(len(w.gate_up), -1, -1), w.gate_up, w.down)
-    return _combine(out_END[chosen_NK, torch.arange(len(x_ND))[:, None]], g_NK)
-
-
-def _dispatched(w: MoEWeights, x_ND: Tensor, chosen_NK: Tensor, g_NK: Tensor) -> Tensor:
-    """Many rows: every expert computes its own rows, padded to whole blocks."""
     slot_NK, ends_E = dispatch(chosen_NK, len(w.gate_up))
-    ends = ends_E.tolist()
-    rows_PD = x_ND.new_zeros(ends[-1], x_ND.shape[-1])
-    rows_PD[slot_NK] = x_ND[:, None]
-    hidden_PF = x_ND.new_empty(ends[-1], w.gate_up.shape[-1])
-    runs = [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    for e, run in runs:
-        torch.mm(rows_PD[run], w.gate_up[e], out=hidden_PF[run])
-    gate, up = hidden_PF.chunk(2, dim=-1)
-    inner = F.silu(gate) * up
-    for e, run in runs:
-        torch.mm(inner[run], w.down[e], out=rows_PD[run])
-    return _combine(rows_PD[slot_NK], g_NK)
+    row_NK = torch.arange(len(x_ND))[:, None].expand_as(slot_NK)
+    row_P = slot_NK.new_zeros(int(ends_E[-1])).index_put_((slot_NK,), row_NK)
+    gate_PF, up_PF = F.grouped_mm(x_ND.index_select(0, row_P), w.gate_up, offs=ends_E).chunk(2, dim=-1)
+    out_PD = F.grouped_mm(F.silu(gate_PF).mul_(up_PF), w.down, offs=ends_E)
+    y_ND = _combine(out_PD.index_select(0, slot_NK.flatten()).unflatten(0, slot_NK.shape), g_NK)
+    return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
 
 
 def _combine(out_NKD: Tensor, g_NK: Tensor) -> Tensor:
