@@ -111,3 +111,20 @@ def test_a_small_prefix_cache_evicts_and_stays_right(shaped):
     again = engine.generate(prompts, max_new_tokens=6, seed=7, stop_ids=())
     for ours, theirs in zip(outputs, again, strict=True):
         assert same(ours, theirs)
+
+
+def test_runs_that_are_computed_together_keep_their_bits(shaped):
+    """Pieces of prompts of all lengths and pasts in one step, in grids with padding, against one prefill alone."""
+    from fullarc.engine.core import Core
+    from fullarc.engine.weights import prepare
+
+    core = Core(prepare(shaped[0]), 16, 256)
+    whole = core.logits(core.forward([Chunk(0, 0, LONG)]), list(range(len(LONG))))
+    starts = [3, 0, 16, 27, 31, 32, 40, 60, 90, 0, 5, 16, 33, 61, 120]
+    pasts = [Chunk(slot, 0, LONG[:start]) for slot, start in enumerate(starts) if start]
+    core.forward(pasts)
+    pieces = [Chunk(slot, start, LONG[start : start + 2 + slot * 5 % 9]) for slot, start in enumerate(starts)]
+    _, batch = core._batch(pieces)
+    assert len(batch.grids) < len(pieces)
+    ends = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.ids))]
+    assert torch.equal(core.logits(core.forward(pieces), list(range(len(ends)))), whole[ends])

@@ -1,5 +1,6 @@
 """The HTTP face: SGLang's shapes, errors, streaming, cancellation, updates under load, and life with its parent."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -76,6 +77,15 @@ def test_one_sequence_in_sglangs_shape(http, checkpoints):
     assert meta["id"] == "mine" and meta["finish_reason"] == {"type": "length", "length": 6}
     assert (meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"]) == (8, 6, 0)
     assert meta["weight_version"] == "0" and meta["weight_versions"] == [["0", 0, 6]]
+
+
+def test_an_answer_wakes_the_event_loop_once_however_many_samples_it_has(http, monkeypatch):
+    wakes, original = [], asyncio.Queue.put_nowait
+    monkeypatch.setattr(
+        asyncio.Queue, "put_nowait", lambda self, item: (wakes.append(item), original(self, item))
+    )
+    assert len(generate(http, sampling_params={"n": 7}).json()) == 7
+    assert len(wakes) == 1
 
 
 def test_stop_reports_what_matched(http):

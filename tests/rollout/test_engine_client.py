@@ -1,5 +1,8 @@
 """The SGLang dialect, failures and retries."""
 
+import asyncio
+
+import httpcore
 import httpx
 import pytest
 from replies import Say
@@ -24,6 +27,24 @@ async def test_generate_batch_and_n_carry_ids_logprobs_and_version(engine: FakeE
             assert streamed[-1] == one and [len(c.token_ids) for c in streamed] == list(
                 range(1, len(one.token_ids) + 1)
             )
+
+
+async def test_many_requests_in_flight_do_not_make_each_of_them_dear(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, original = 0, httpcore.AsyncHTTPConnection.is_idle
+
+    def is_idle(connection: httpcore.AsyncHTTPConnection) -> bool:
+        nonlocal looks
+        looks += 1
+        return original(connection)
+
+    monkeypatch.setattr(httpcore.AsyncHTTPConnection, "is_idle", is_idle)
+    with serving(engine.app) as url:
+        async with EngineClient(url) as client:
+            for _ in range(3):
+                await asyncio.gather(*(client.generate([1, 2], Sampling(seed=1)) for _ in range(64)))
+    assert looks < 3 * 64 * 64
 
 
 async def test_score_and_control(engine: FakeEngine) -> None:

@@ -126,8 +126,3 @@ class PrefixCache:
             return None
         del self._blocks[key], self._key_of[block]
         return block
-
-
-def tiles(length: int) -> int:
-    """`length` rounded up to whole tiles of keys."""
-    return -(-length // TILE) * TILE

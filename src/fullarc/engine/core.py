@@ -10,13 +10,14 @@ given whole blocks, and attention is tiled by absolute position.
 Shape suffixes: as in model/ops.py; N rows.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullarc.engine.attention import decode, prefill, rotate, swiglu
+from fullarc.engine.attention import Grid, Run, attend, decoding_grid, prompt_grids, rotate
 from fullarc.engine.cache import Cache
 from fullarc.engine.weights import AttentionWeights, EngineWeights, FFNWeights, MoEWeights, padded_heads
 from fullarc.model.moe import ROW_BLOCK, dispatch
@@ -24,7 +25,6 @@ from fullarc.model.moe import ROW_BLOCK, dispatch
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
 # at the end of a tensor with other code and other last bits, so there must be nothing left over.
 PADDED_ROWS = 32
-DENSE_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,20 @@ class Chunk:
 
 @dataclass
 class _Batch:
-    """A step's rows as tensors, and how attention must split them."""
+    """A step's rows as tensors, and the grids that attention splits them into.
+
+    Attributes:
+        cos, sin: [N, R], once for each half.
+        gather: rows in the order of the grids; back: for each row its place there.
+    """
 
     slots_N: Tensor
     positions_N: Tensor
     cos: Tensor
     sin: Tensor
-    decoding: int
-    longest: int
-    runs: list[Chunk]
+    grids: list[Grid]
+    gather: Tensor
+    back_N: Tensor
 
 
 class Core:
@@ -89,17 +94,23 @@ class Core:
             positions += range(chunk.start, chunk.start + len(chunk.ids))
         decoding = sum(len(chunk.ids) == 1 for chunk in chunks)
         assert all(len(chunk.ids) == 1 for chunk in chunks[:decoding]), "single-token chunks come first"
+        rows = itertools.accumulate((len(chunk.ids) for chunk in chunks), initial=0)
+        runs = [Run(c.slot, c.start, row, len(c.ids)) for c, row in zip(chunks, rows, strict=False)]
+        grids = [decoding_grid(runs[:decoding])] if decoding else []
+        grids += prompt_grids(runs[decoding:])
+        gather = [row for grid in grids for row in grid.rows]
+        place = {row: at for at, row in enumerate(gather)}
         padding = -len(ids) % PADDED_ROWS
         slots_N = torch.tensor(slots + [self.cache.padding_slot] * padding)
         positions_N = torch.tensor(positions + [0] * padding)
         batch = _Batch(
             slots_N,
             positions_N,
-            self.weights.cos[positions_N],
-            self.weights.sin[positions_N],
-            decoding,
-            max(positions[:decoding], default=0),
-            chunks[decoding:],
+            self.weights.cos[positions_N].repeat(1, 2),
+            self.weights.sin[positions_N].repeat(1, 2),
+            grids,
+            torch.tensor(gather).clamp_min_(0),
+            torch.tensor([place[row] for row in range(len(ids))] + [0] * padding),
         )
         return torch.tensor(ids + [0] * padding), batch
 
@@ -112,32 +123,30 @@ class Core:
         )
         latent = _norm(latent, w.kv_norm, eps)
         k_index = F.layer_norm(k_index, (c.index_head_dim,), *w.index_norm, eps=1e-6)
-        rotate(k_rope, batch.cos, batch.sin)
-        rotate(k_index[:, :rope], batch.cos, batch.sin)
+        new_keys = torch.cat((latent, k_rope, k_index), -1)
+        cos, sin = batch.cos[:, None], batch.sin[:, None]
+        # the main key and the index key rotate neighbouring columns
+        rotate(new_keys[:, c.kv_lora_rank :][:, : 2 * rope].unflatten(-1, (2, rope)), cos, sin)
         keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[batch.slots_N, :, batch.positions_N] = torch.cat((latent, k_rope, k_index), -1)
+        keys[batch.slots_N, :, batch.positions_N] = new_keys
         values[batch.slots_N, batch.positions_N] = latent
 
-        queries = torch.mm(_norm(q_latent, w.q_norm, eps), w.q)
-        heads, width = padded_heads(c), self.cache.width
-        q_NAW = queries[:, : heads * width].unflatten(-1, (heads, width))
-        iq_NJI = queries[:, heads * width :].unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        cos, sin = batch.cos[:, None], batch.sin[:, None]
+        q_latent = _norm(q_latent, w.q_norm, eps)
+        q_NAW = torch.mm(q_latent, w.q).unflatten(-1, (padded_heads(c), self.cache.width))
         rotate(q_NAW[..., c.kv_lora_rank :], cos, sin)
-        rotate(iq_NJI[..., :rope], cos, sin)
-
+        q_NAW = q_NAW.index_select(0, batch.gather)
         topk = self.cache.max_len if c.dense_attention else c.index_topk
-        out_NAC = h_ND.new_zeros(len(h_ND), heads, c.kv_lora_rank)
-        if n := batch.decoding:
-            rows = slice(0, n)
-            where = (batch.slots_N[rows], batch.positions_N[rows], batch.longest)
-            out_NAC[rows] = decode(q_NAW[rows], iq_NJI[rows], w_NJ[rows], *where, keys, values, topk)
-        for run in batch.runs:
-            rows = slice(n, n := n + len(run.ids))
-            out_NAC[rows] = prefill(
-                q_NAW[rows], iq_NJI[rows], w_NJ[rows], run.start, keys[run.slot], values[run.slot], topk
-            )
-        return torch.mm(out_NAC.flatten(1), w.out)
+        index = None
+        if any(grid.longest >= topk for grid in batch.grids):
+            iq_NJI = torch.mm(q_latent, w.index_q).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+            rotate(iq_NJI[..., :rope], cos, sin)
+            index = iq_NJI.index_select(0, batch.gather), w_NJ.index_select(0, batch.gather)
+        outs, at = [], 0
+        for grid in batch.grids:
+            own = slice(at, at := at + len(grid.rows))
+            mine = index and (index[0][own], index[1][own])
+            outs.append(attend(q_NAW[own], mine, grid, keys, values, topk))
+        return torch.mm(torch.cat(outs).index_select(0, batch.back_N).flatten(1), w.out)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -145,41 +154,21 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _ffn(w: FFNWeights, x_ND: Tensor) -> Tensor:
-    return swiglu(x_ND, w.gate_up, w.down)
+    """down(silu(gate x) * up x)."""
+    gate, up = torch.mm(x_ND, w.gate_up).chunk(2, dim=-1)
+    return torch.mm(F.silu(gate).mul_(up), w.down)
 
 
 def _moe(w: MoEWeights, x_ND: Tensor) -> Tensor:
-    """sum_e g_e E_e(x) + shared(x), experts added in ascending order in both forms, so both give equal bits."""
+    """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows."""
     _, chosen_NK, g_NK = w.router(x_ND)
-    y_ND = (
-        _every_expert(w, x_ND, chosen_NK, g_NK)
-        if len(x_ND) <= DENSE_ROWS
-        else _dispatched(w, x_ND, chosen_NK, g_NK)
-    )
-    return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
-
-
-def _every_expert(w: MoEWeights, x_ND: Tensor, chosen_NK: Tensor, g_NK: Tensor) -> Tensor:
-    """Few rows: one batched product over all experts is cheaper than a loop."""
-    out_END = swiglu(x_ND.expand(len(w.gate_up), -1, -1), w.gate_up, w.down)
-    return _combine(out_END[chosen_NK, torch.arange(len(x_ND))[:, None]], g_NK)
-
-
-def _dispatched(w: MoEWeights, x_ND: Tensor, chosen_NK: Tensor, g_NK: Tensor) -> Tensor:
-    """Many rows: every expert computes its own rows, padded to whole blocks."""
     slot_NK, ends_E = dispatch(chosen_NK, len(w.gate_up))
-    ends = ends_E.tolist()
-    rows_PD = x_ND.new_zeros(ends[-1], x_ND.shape[-1])
-    rows_PD[slot_NK] = x_ND[:, None]
-    hidden_PF = x_ND.new_empty(ends[-1], w.gate_up.shape[-1])
-    runs = [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    for e, run in runs:
-        torch.mm(rows_PD[run], w.gate_up[e], out=hidden_PF[run])
-    gate, up = hidden_PF.chunk(2, dim=-1)
-    inner = F.silu(gate) * up
-    for e, run in runs:
-        torch.mm(inner[run], w.down[e], out=rows_PD[run])
-    return _combine(rows_PD[slot_NK], g_NK)
+    row_NK = torch.arange(len(x_ND))[:, None].expand_as(slot_NK)
+    row_P = slot_NK.new_zeros(int(ends_E[-1])).index_put_((slot_NK,), row_NK)
+    gate_PF, up_PF = F.grouped_mm(x_ND.index_select(0, row_P), w.gate_up, offs=ends_E).chunk(2, dim=-1)
+    out_PD = F.grouped_mm(F.silu(gate_PF).mul_(up_PF), w.down, offs=ends_E)
+    y_ND = _combine(out_PD.index_select(0, slot_NK.flatten()).unflatten(0, slot_NK.shape), g_NK)
+    return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
 
 
 def _combine(out_NKD: Tensor, g_NK: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ an update that fails leaves the old weights in place. Without an API key the ser
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -95,10 +96,12 @@ class Server:
         if body.stream and body.batched:
             raise RequestError("stream is for a single sequence.", "Send one prompt per request with n = 1.")
         events: asyncio.Queue[Request] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        loop, ends = asyncio.get_running_loop(), itertools.count(1)
 
         def notify(request: Request) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, request)
+            # waking the event loop interrupts the engine: once per answer, at its last end
+            if body.stream or next(ends) == len(requests):
+                loop.call_soon_threadsafe(events.put_nowait, request)
 
         for request in requests:
             request.on_finish = notify
@@ -118,12 +121,11 @@ class Server:
     async def _finished(
         self, http: HttpRequest, requests: list[Request], events: asyncio.Queue[Request]
     ) -> None:
-        """Wait for all ends; a client that hangs up frees its slots."""
-        left = len(requests)
-        while left:
+        """Wait for the last end; a client that hangs up frees its slots."""
+        while True:
             try:
                 await asyncio.wait_for(events.get(), DISCONNECT_POLL_S)
-                left -= 1
+                return
             except TimeoutError:
                 if await http.is_disconnected():
                     self._cancel(requests)

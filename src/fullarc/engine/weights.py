@@ -41,6 +41,7 @@ class AttentionWeights:
     kv_norm: Tensor
     index_norm: tuple[Tensor, Tensor]
     q: Tensor
+    index_q: Tensor
     out: Tensor
 
 
@@ -126,7 +127,8 @@ def _attention(norm: Tensor, mla: MLA, config: ModelConfig) -> AttentionWeights:
         q_norm=mla.q_a_layernorm.weight,
         kv_norm=mla.kv_a_layernorm.weight,
         index_norm=(index.k_norm.weight[order], index.k_norm.bias[order]),
-        q=torch.cat((query_AWQ.flatten(0, 1).float(), wq_JdQ.flatten(0, 1))).T.contiguous(),
+        q=query_AWQ.flatten(0, 1).float().T.contiguous(),
+        index_q=wq_JdQ.flatten(0, 1).T.contiguous(),
         out=out_ACD.flatten(0, 1).float(),
     )
 

@@ -1,11 +1,12 @@
 """The engine over HTTP, in SGLang's dialect: token ids in, token ids with log-probs and weight versions out.
 
-One pooled connection set per client. Only a failed connection is retried (a bounded number of times, with back-off):
+Pooled connections per client. Only a failed connection is retried (a bounded number of times, with back-off):
 generation with a seed is idempotent, so a request that died with its connection can be sent again. Everything that
 goes wrong ends in `EngineError` with a `kind`; no httpx exception leaves this module.
 """
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from fullarc.config.errors import FullarcError
 
 BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 MAX_RESUMES = 64
+POOLS = 32
 ROUTING_HEADER = "X-SMG-Routing-Key"
 
 
@@ -69,6 +71,23 @@ class Completion:
     cached_tokens: int = 0
 
 
+class _Pools(httpx.AsyncBaseTransport):
+    """Several pools of connections in turn: for every request httpcore looks at all pairs of a pool's connections."""
+
+    def __init__(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        context = httpx.create_ssl_context(trust_env=False)
+        self._pools = [httpx.AsyncHTTPTransport(verify=context, limits=limits) for _ in range(POOLS)]
+        self._turns = itertools.cycle(self._pools)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await next(self._turns).handle_async_request(request)
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
+
+
 class EngineClient:
     """Async client of one engine (or of a router in front of several).
 
@@ -88,10 +107,9 @@ class EngineClient:
     ) -> None:
         self.url = url.rstrip("/")
         self.retries = retries
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         timeout = httpx.Timeout(timeout_s, connect=5.0, pool=None)
         self._http = httpx.AsyncClient(
-            base_url=self.url, timeout=timeout, limits=limits, transport=transport, trust_env=False
+            base_url=self.url, timeout=timeout, transport=transport or _Pools(), trust_env=False
         )
 
     async def __aenter__(self) -> Self:
