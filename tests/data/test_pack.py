@@ -62,16 +62,22 @@ def test_best_fit_keeps_every_token_once_and_documents_apart(lengths, T):
 def test_best_fit_is_best_fit(lengths):
     """Against the plain definition: into the fullest bin with room, else a new one."""
     bins = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -max(lengths[i], 5)):
         fitting = [b for b in bins if sum(lengths[j] for j in b) + lengths[i] <= 20]
         if fitting:
             max(fitting, key=lambda b: sum(lengths[j] for j in b)).append(i)
         else:
             bins.append([i])
-    ours = best_fit(lengths, 20)
+    ours = best_fit(lengths, 20)  # up to 5, a quarter of it, in the order they come in
     assert sorted(sum(lengths[i] for i in b) for b in ours) == sorted(
         sum(lengths[i] for i in b) for b in bins
     )
+
+
+def test_rows_of_small_documents_mix_them():
+    """Two kinds of different length, alternating: no row has one kind only."""
+    rows = best_fit([30, 60] * 300, 512)
+    assert all({index % 2 for index in row} == {0, 1} for row in rows[:-1])
 
 
 def test_rows_are_full_on_documents_like_real_ones():

@@ -127,11 +127,11 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                260,
-                512,
-                8,
+                220,
+                1024,
+                4,
                 1.5e-2,
-                1.5e-3,
+                5e-4,
                 adamw_scale=3,
                 mtp_steps=0,
                 replay=0.06,
@@ -140,9 +140,26 @@ SIZES: dict[str, Layer] = {
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
-            | {"steps": 40, "prompts": 96, "optimizer": "muon_split", "lr": 2e-3},
+            | {
+                "steps": 150,
+                "prompts": 96,
+                "optimizer": "muon_split",
+                "lr": 2.5e-3,
+                "lr_end": 2.5e-4,
+                "schedule": "linear",
+                # without some of the other instructions they are unlearnt, and format with them: docs/log.md
+                "mix": {"reasoning": 0.85, "general": 0.15},
+            },
             "agentic_rl": _RL_2M
-            | {"steps": 22, "prompts": 24, "optimizer": "muon_split", "lr": 2e-3, "reset_optimizer": False},
+            | {
+                "steps": 20,
+                "prompts": 24,
+                "optimizer": "muon_split",
+                "lr": 2e-3,
+                "lr_end": 5e-4,
+                "schedule": "linear",
+                "reset_optimizer": False,
+            },
             "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 10, "prompts": 32},
             "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
         },

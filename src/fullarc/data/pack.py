@@ -28,6 +28,8 @@ Doc = tuple[Sequence[int], Sequence[int]]
 ARRAYS = ("ids", "loss", "docs", "parents")
 MIN_SHARED = 32
 """A shorter common prefix is not worth a document of its own."""
+SMALL = 4
+"""Documents of at most 1 / SMALL of a row are packed in the order they come in, longer ones before them."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,14 @@ def _without_stem(doc: Doc, stem: int) -> Doc:
 def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Indices of `sizes` (each in 1..room) grouped into bins of at most `room`, best-fit decreasing.
 
-    O(n) steps on a bit set of the free rooms: bit r is set while some bin has exactly r left.
+    Small ones stay in the order they come in: they fill bins well in any order, and sorted they would stand beside
+    their like, which makes rows, and batches of few rows, one-sided. O(n) steps on a bit set of the free rooms: bit r
+    is set while some bin has exactly r left.
     """
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(room + 1)]
     free = 0
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for index in sorted(range(len(sizes)), key=lambda i: -max(sizes[i], room // SMALL)):
         size = sizes[index]
         fitting = free >> size
         if fitting:
