@@ -127,7 +127,7 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                220,
+                230,
                 1024,
                 4,
                 1.5e-2,
@@ -136,7 +136,7 @@ SIZES: dict[str, Layer] = {
                 mtp_steps=0,
                 replay=0.06,
                 demos=10_800,
-                mix={"reasoning": 0.7, "terminal": 0.22, "general": 0.08},
+                mix={"reasoning": 0.76, "terminal": 0.14, "general": 0.1},
             ),
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
