@@ -66,7 +66,7 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
         (["stages.sft=3"], ["must be a table"]),
         (["stages.sft.steps=-1"], ["stages.sft.steps = -1", "command line", "greater than or equal to 0"]),
         (["stages.sft.lr=fast"], ["stages.sft.lr = 'fast'", "valid number"]),
-        (["stages.sft.batch_tokens=100"], ["batch_tokens 100", "seq_len 512"]),
+        (["stages.sft.batch_tokens=100"], ["batch_tokens 100", "seq_len 1024"]),
         (["model.num_attention_heads=0"], ["model.num_attention_heads = 0"]),
         (["model.v_head_dim=64"], ["qk_nope_head_dim + qk_rope_head_dim = 32 + 16", "v_head_dim = 64"]),
         (["model.index_topk=4096"], ["model.index_topk = 4096", "max_position_embeddings = 2048 (size 2m)"]),
