@@ -164,27 +164,23 @@ class MLA(nn.Module):
         outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
         for chunk in seen.chunks:
             q_BHtd, k_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
-            mask_BtS = chunk.allowed_BtS
-            if index is not None and (chunk.sparse or seen.indexer_loss != "off"):
-                scores, mask_BtS = self._choose(index, chunk)
-                if seen.indexer_loss != "off":
-                    support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
-                    if seen.valid_BT is not None:
-                        support = support & seen.valid_BT[:, chunk.part, None]
-                    support = support.expand(len(h_BTD), -1, -1)
-                    chunk_kl, chunk_rows = indexer_kl(
-                        scores, self._attention(q_BHtd, k_BHSd, support), support
-                    )
-                    kl, rows = kl + chunk_kl, rows + chunk_rows
+            scores_BtS, mask_BtS = self._choose(index, chunk)
+            if scores_BtS is not None and seen.indexer_loss != "off":
+                support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
+                if seen.valid_BT is not None:
+                    support = support & seen.valid_BT[:, chunk.part, None]
+                support = support.expand_as(scores_BtS)
+                attention = self._attention(q_BHtd, k_BHSd, support)
+                chunk_kl, chunk_rows = indexer_kl(scores_BtS, attention, support)
+                kl, rows = kl + chunk_kl, rows + chunk_rows
+            v_BHSV = _join(values, chunk.blocks, 2)
             outs.append(
                 F.scaled_dot_product_attention(
-                    q_BHtd, k_BHSd, _join(values, chunk.blocks, 2), mask_BtS.unsqueeze(1), scale=self.scale
+                    q_BHtd, k_BHSd, v_BHSV, mask_BtS.unsqueeze(1), scale=self.scale
                 )
             )
-        out_BTHV = torch.cat(outs, 2).transpose(1, 2)
-        return self.o_proj(out_BTHV.flatten(2)), kl / rows.clamp_min(
-            1
-        ) if seen.indexer_loss != "off" else None
+        out_BTD = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2))
+        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1)
 
     def _index(self, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> _Index | None:
         """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
@@ -200,8 +196,10 @@ class MLA(nn.Module):
                 seen.indexer_loss != "off",
             )
 
-    def _choose(self, index: _Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Index scores [B, t, S] over the chunk's keys, and which of the allowed ones are taken."""
+    def _choose(self, index: _Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
+        """Index scores [B, t, S] over the chunk's keys, if needed, and which of the allowed keys are taken."""
+        if index is None or not (chunk.sparse or index.learns):
+            return None, chunk.allowed_BtS
         with torch.set_grad_enabled(index.learns and torch.is_grad_enabled()):
             keys = _join(index.keys, chunk.blocks, 1)
             scores = self.indexer.scores(index.queries[:, chunk.part], keys, index.weights[:, chunk.part])
