@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fullarc.engine.sampling import SamplingParams, argmax, sample, uniforms
+from fullarc.engine.sampling import SamplingParams, argmax, sample, top_logprobs, uniforms
 
 LOGITS = torch.tensor([1.5, 0.0, -1.0, 2.0, 0.5, -3.0])
 # 99.9 % quantiles of chi-square with 1..5 degrees of freedom
@@ -93,3 +93,35 @@ def test_uniforms_are_uniform_and_a_pure_function():
 def test_absurd_values_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad)).split("_")[0]):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize("cut, kept", [({}, {1, 2, 4, 5}), (dict(top_k=2), {1, 4}), (dict(top_p=0.5), {4})])
+def test_forbidden_tokens_are_never_chosen_and_the_rest_keeps_its_proportions(cut, kept):
+    tokens, logprobs = draw(forbidden=frozenset({0, 3}), **cut)
+    p = LOGITS.double().softmax(-1)
+    mass = sum(p[i] for i in kept)
+    if len(kept) > 1:
+        check_distribution(tokens, [float(p[i] / mass) if i in kept else 0.0 for i in range(6)])
+    assert set(tokens) == kept
+    assert logprobs == pytest.approx([math.log(p[t]) for t in tokens], abs=1e-5), "of the whole softmax"
+    greedy = SamplingParams(temperature=0.0, forbidden=frozenset({3}))
+    assert sample(LOGITS[None], [greedy], [0])[0] == [0]
+
+
+def test_what_one_request_forbids_changes_nothing_for_its_neighbour():
+    params = [SamplingParams(seed=1, forbidden=frozenset({0, 3})), SamplingParams(seed=2)]
+    together = sample(LOGITS.expand(2, -1), params, [5, 6])
+    alone = sample(LOGITS[None], params[1:], [6])
+    assert (together[0][1], together[1][1]) == (alone[0][0], alone[1][0])
+
+
+def test_the_likeliest_tokens_come_best_first_with_the_lower_id_on_ties():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 5.0]])
+    params = [SamplingParams(top_logprobs=3, temperature=2.0), SamplingParams(top_logprobs=1)]
+    first, second = top_logprobs(logits, params)
+    expected = (logits[0].double() / 2).log_softmax(-1)
+    assert [token for _, token in first] == [1, 2, 0]
+    assert [value for value, _ in first] == pytest.approx([float(expected[t]) for t in (1, 2, 0)], abs=1e-6)
+    assert [token for _, token in second] == [3]
+    with pytest.raises(ValueError, match="top_logprobs"):
+        SamplingParams(top_logprobs=1000)

@@ -101,6 +101,24 @@ def test_batches_and_samples(http):
     assert both[0]["output_ids"] == generate(http).json()["output_ids"]
 
 
+def test_likeliest_tokens_and_tokens_that_must_not_come(http, checkpoints):
+    ask = {"sampling_params": {"temperature": 0.0}, "return_logprob": True, "top_logprobs_num": 3}
+    meta = generate(http, **ask).json()["meta_info"]
+    chosen = [token for _, token, _ in meta["output_token_logprobs"]]
+    assert [len(row) for row in meta["output_top_logprobs"]] == [3] * 6
+    for (value, token, _), row in zip(
+        meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True
+    ):
+        assert row[0] == [value, token, None], "greedy takes the likeliest"
+        assert [entry[0] for entry in row] == sorted((entry[0] for entry in row), reverse=True)
+    bias = {str(token): -100 for token in chosen}
+    other = generate(http, sampling_params={"temperature": 0.0, "logit_bias": bias}).json()["output_ids"]
+    assert not set(other) & set(chosen)
+    local = Engine(checkpoints["v0"], max_batch=1, max_len=64)
+    out = local.generate([PROMPT], 6, temperature=0.0, stop_ids=(), forbidden_ids=chosen, top_logprobs=2)[0]
+    assert out.token_ids == other and [len(row) for row in out.top_logprobs] == [2] * 6
+
+
 def test_scoring(http, server):
     answer = generate(
         http, return_logprob=True, logprob_start_len=0, sampling_params={"max_new_tokens": 0}
@@ -143,6 +161,9 @@ def test_streaming_is_cumulative_and_ends_with_done(http):
         ({"input_ids": [1], "sampling_params": {"stop": ["x"]}}, "stop"),
         ({"input_ids": [1], "sampling_params": {"frequency_penalty": 1.0}}, "frequency_penalty"),
         ({"input_ids": [1], "sampling_params": {"temprature": 1.0}}, "temprature"),
+        ({"input_ids": [1], "sampling_params": {"logit_bias": {"1": 2.0}}}, "logit_bias"),
+        ({"input_ids": [1], "sampling_params": {"logit_bias": {"96": -100}}}, "0..95"),
+        ({"input_ids": [1], "top_logprobs_num": 1000}, "top_logprobs_num"),
         ({"input_ids": [[1], [2]], "stream": True}, "stream"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "sampling_params"),
         ({"input_ids": [1], "return_logprob": True, "logprob_start_len": 7}, "logprob_start_len"),

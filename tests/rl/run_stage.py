@@ -1,4 +1,4 @@
-"""`python run_stage.py FOLDER STAGE`: one real RL stage of a nano model in FOLDER, to be killed by a test.
+"""`python run_stage.py FOLDER STAGE ENGINES`: one real RL stage of a nano model in FOLDER, to be killed by a test.
 
 Prints a JSON line for every event and every logged step.
 """
@@ -51,7 +51,7 @@ def taught(model):
     return model
 
 
-def main(folder: Path, name: str) -> None:
+def main(folder: Path, name: str, engines: int) -> None:
     config = NANO.model_copy(update={"vocab_size": tokenizer().vocab_size, "max_position_embeddings": 512})
     config = config.model_copy(update={"index_topk": 64, "eos_token_id": tuple(tokenizer().stop_ids)})
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def main(folder: Path, name: str) -> None:
             model = GlmMoeDsa(config).init_weights(seed)
             save_model(taught(model) if target == "start" else model, folder / target, folder / "tokenizer")
     run, changes = STAGES[name]
-    stage = settings(type=name, group_size=1 if name == "distil" else 4, **SIZES | changes)
+    stage = settings(type=name, group_size=1 if name == "distil" else 4, engines=engines, **SIZES | changes)
     recipe = SimpleNamespace(
         engine=EngineSettings(), sandbox=SandboxSettings(), tasks=TaskSettings(), threads=1
     )
@@ -72,4 +72,4 @@ def main(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

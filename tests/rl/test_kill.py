@@ -23,8 +23,9 @@ ENV = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OM
 class Stage:
     """A run of run_stage.py with its messages."""
 
-    def __init__(self, folder, name):
-        command = [sys.executable, str(Path(__file__).with_name("run_stage.py")), str(folder), name]
+    def __init__(self, folder, name, engines=1):
+        script = str(Path(__file__).with_name("run_stage.py"))
+        command = [sys.executable, script, str(folder), name, str(engines)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV)
         self.messages = queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
@@ -68,15 +69,16 @@ def tokens(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["distil", "agentic_rl"])
-def test_sigkill_of_any_process_at_any_moment_changes_no_bit(tmp_path, name):
+@pytest.mark.parametrize("name, engines", [("distil", 2), ("agentic_rl", 1)])
+def test_sigkill_of_any_process_at_any_moment_changes_no_bit(tmp_path, name, engines):
+    """Nor does the number of engines: the run that is left alone has one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     messages = run_to_end(whole, name)
     steps = [m for m in messages if m["kind"] == "step"]
     assert [m["step"] for m in steps] == list(range(1, 9)) and steps[0]["parity_max"] < 1e-4
     rng, victims = random.Random(name), []
     pids = {}
-    stage = Stage(killed, name)
+    stage = Stage(killed, name, engines)
     due = time.monotonic() + 8
     while True:
         message = stage.next(0.05)
@@ -88,16 +90,18 @@ def test_sigkill_of_any_process_at_any_moment_changes_no_bit(tmp_path, name):
         if stage.ended():
             if stage.process.returncode == 0:
                 break
-            stage, pids = Stage(killed, name), {}
+            stage, pids = Stage(killed, name, engines), {}
             due = time.monotonic() + 8
         elif pids and time.monotonic() > due and len(victims) < 9:
-            victim = ["engine-0", "worker", "trainer"][len(victims) % 3]
+            victim = [f"engine-{engines - 1}", "worker", "trainer"][len(victims) % 3]
             os.kill(stage.process.pid if victim == "trainer" else pids[victim], signal.SIGKILL)
             victims.append(victim)
             pids = {}
             if victim == "trainer":
                 stage.process.wait()
-    assert {"trainer", "engine-0", "worker"} <= set(victims), "every kind of death must have happened"
+    assert {"trainer", f"engine-{engines - 1}", "worker"} <= set(victims), (
+        "every kind of death must have happened"
+    )
     assert tokens(whole, name) == tokens(killed, name)
     checkpoint = Path("stages") / name / "checkpoint"
     assert digest(whole / checkpoint) == digest(killed / checkpoint) != digest(whole / "start")

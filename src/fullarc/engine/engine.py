@@ -23,7 +23,8 @@ from fullarc.model import load_model
 class Output:
     """One completion. `logprobs[i]` belongs to `token_ids[i]`; a stop token is included in both.
 
-    finish_reason: "stop" (a stop id was sampled) or "length". versions: weight version of each token.
+    finish_reason: "stop" (a stop id was sampled) or "length". versions: weight version of each token. top_logprobs: the
+    likeliest tokens at each place as (log-prob, id), best first, where they were asked for.
     """
 
     token_ids: list[int]
@@ -32,6 +33,7 @@ class Output:
     weight_version: str
     cached_tokens: int
     versions: list[str]
+    top_logprobs: list[list[tuple[float, int]]]
 
 
 def load_weights(folder: str | Path, version: str = "0") -> EngineWeights:
@@ -100,11 +102,13 @@ class Engine:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
+        forbidden_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
     ) -> list[Output]:
         """Complete every prompt; the i-th output belongs to the i-th prompt.
 
         `seeds` gives each prompt its own random stream; otherwise prompt i uses derive(seed, "sample", i).
-        `stop_ids` None means the model's own (`eos_token_id`); () means none.
+        `stop_ids` None means the model's own (`eos_token_id`); () means none. `forbidden_ids` are never sampled.
 
         Raises RequestError for an empty or too long prompt, ids out of range or impossible sampling values.
         """
@@ -117,7 +121,7 @@ class Engine:
             try:
                 params = SamplingParams(
                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                    stop_ids=stops, seed=own,
+                    forbidden=frozenset(forbidden_ids), top_logprobs=top_logprobs, stop_ids=stops, seed=own,
                 )  # fmt: skip
             except ValueError as error:
                 raise RequestError(f"{error}.") from None
@@ -126,7 +130,7 @@ class Engine:
         return [
             Output(
                 r.output, r.logprobs, r.finish, r.weight_version, r.cached_tokens,
-                [version for version, start, end in r.versions for _ in range(start, end)],
+                [version for version, start, end in r.versions for _ in range(start, end)], r.top_logprobs,
             )
             for r in requests
         ]  # fmt: skip

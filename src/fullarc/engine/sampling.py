@@ -6,8 +6,9 @@
 Randomness depends on nothing but the request's seed and the token's position: a request gives the same tokens in any
 batch, and a sequence cut off and continued goes on as if it had not been.
 
-The log-prob returned with a token is that of the full softmax at the request's temperature, *before* top-k / top-p /
-min-p truncation (SGLang's meaning); with temperature 0 (argmax, lowest id on ties) it is the one at temperature 1.
+The log-prob returned with a token is that of the full softmax at the request's temperature, *before* forbidden tokens
+and top-k / top-p / min-p are cut away (SGLang's meaning); with temperature 0 (argmax, lowest id on ties) it is the one
+at temperature 1.
 Shape suffixes: N requests, V vocabulary.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
+MAX_TOP_LOGPROBS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class SamplingParams:
         max_new_tokens: bound on the completion; 0 = only score the prompt.
         temperature: 0 = argmax.
         top_p, top_k, min_p: truncation; 1, 0 and 0 switch them off (top_k -1 as well).
+        forbidden: tokens that are never chosen; the truncation looks at what is left.
+        top_logprobs: how many of the likeliest tokens are told with their log-probs at each step.
         stop_ids: tokens that end the completion; the stop token is part of it and carries a log-prob.
         min_new_tokens: stop tokens before this many tokens do not end the completion.
         seed: of the request's own random stream.
@@ -40,6 +44,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    forbidden: frozenset[int] = frozenset()
+    top_logprobs: int = 0
     stop_ids: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     seed: int = 0
@@ -57,6 +63,10 @@ class SamplingParams:
         need(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         need(self.top_k >= -1, f"top_k must be >= -1, got {self.top_k}")
         need(0 <= self.min_p <= 1, f"min_p must be in 0..1, got {self.min_p}")
+        need(
+            0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+            f"top_logprobs must be in 0..{MAX_TOP_LOGPROBS}, got {self.top_logprobs}",
+        )
         need(self.min_new_tokens >= 0, f"min_new_tokens must be >= 0, got {self.min_new_tokens}")
         need(0 <= self.seed <= MAX_SEED, f"the seed must be in 0..2^64-1, got {self.seed}")
 
@@ -88,9 +98,13 @@ def sample(
     logits_NV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> tuple[list[int], list[float]]:
     """Next token and its log-prob for each row; see the module's docstring. Modifies nothing."""
-    temperature_N = torch.tensor([p.temperature or 1.0 for p in params])
-    logp_NV = (logits_NV / temperature_N[:, None]).log_softmax(-1)
-    kept_NV = _truncate(logp_NV, params) if any(p.truncates for p in params) else logp_NV
+    logp_NV = kept_NV = _logprobs(logits_NV, params)
+    never = [(row, token) for row, p in enumerate(params) for token in sorted(p.forbidden)]
+    if never:
+        at = torch.tensor(never).unbind(1)
+        kept_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (logp_NV, logits_NV))
+    if any(p.truncates for p in params):
+        kept_NV = _truncate(kept_NV, params)
     cdf_NV = (
         kept_NV.softmax(-1).double().cumsum(-1)
     )  # softmax works row by row; exp's bits depend on the place
@@ -100,6 +114,24 @@ def sample(
         greedy_N = torch.tensor([p.temperature == 0 for p in params])
         token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
     return token_N.tolist(), logp_NV.gather(1, token_N[:, None])[:, 0].tolist()
+
+
+@torch.inference_mode()
+def top_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[tuple[float, int]]]:
+    """The likeliest tokens of each row as (log-prob, id), best first, as many as its request wants; see `sample`."""
+    count = min(max(p.top_logprobs for p in params), logits_NV.shape[-1])
+    values_NC, ids_NC = _logprobs(logits_NV, params).sort(dim=-1, descending=True, stable=True)
+    best = zip(values_NC[:, :count].tolist(), ids_NC[:, :count].tolist(), strict=True)
+    return [
+        list(zip(values, ids, strict=True))[: p.top_logprobs]
+        for p, (values, ids) in zip(params, best, strict=True)
+    ]
+
+
+def _logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Log-probs [N, V] at each request's temperature (1 where it is 0)."""
+    temperature_N = torch.tensor([p.temperature or 1.0 for p in params])
+    return (logits_NV / temperature_N[:, None]).log_softmax(-1)
 
 
 def argmax(logits_NV: Tensor) -> Tensor:

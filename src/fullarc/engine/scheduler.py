@@ -22,7 +22,7 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.engine.cache import BLOCK, PrefixCache
 from fullarc.engine.core import Chunk, Core
-from fullarc.engine.sampling import SamplingParams, sample
+from fullarc.engine.sampling import SamplingParams, sample, top_logprobs
 from fullarc.engine.weights import EngineWeights
 
 SCORE_ROWS = 256
@@ -42,6 +42,7 @@ class Request:
 
     Attributes:
         score_from: first prompt position whose token gets an input log-prob; -1 = none.
+        top_logprobs: the likeliest tokens at each output token, where they are asked for.
         versions: [version, start, end] spans over the output tokens.
         finish: "" while it runs; then "stop" | "length" | "abort".
     """
@@ -54,6 +55,7 @@ class Request:
     on_finish: Callable[["Request"], None] | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[str, int, int]] = field(default_factory=list)
     finish: str = ""
@@ -139,6 +141,12 @@ class Scheduler:
                 f"The prompt has {len(prompt)} tokens; the engine serves sequences of up to {self.max_len}.",
                 "Shorten it, or start the engine with a larger --max-len.",
             )
+        if any(not 0 <= token < vocab for token in request.params.forbidden):
+            raise RequestError(
+                f"A forbidden token lies outside 0..{vocab - 1}.", "Is it the model's tokenizer?"
+            )
+        if len(request.params.forbidden) >= vocab:
+            raise RequestError("All tokens are forbidden.", "Leave at least one.")
         if not -1 <= request.score_from <= len(prompt):
             raise RequestError(f"logprob_start_len {request.score_from} lies outside the prompt.")
 
@@ -272,6 +280,11 @@ class Scheduler:
 
     def _sample(self, requests: list[Request], logits: torch.Tensor) -> None:
         tokens, logprobs = sample(logits, [r.params for r in requests], [len(r.ids) for r in requests])
+        if any(r.params.top_logprobs for r in requests):
+            for request, best in zip(
+                requests, top_logprobs(logits, [r.params for r in requests]), strict=True
+            ):
+                request.top_logprobs += [best] if request.params.top_logprobs else []
         now, version = time.monotonic(), self.version
         self.counters.generated_tokens += len(tokens)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fullarc.engine.sampling import MAX_SEED, SamplingParams
+from fullarc.engine.sampling import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
 from fullarc.engine.scheduler import Request, RequestError
 
 MAX_SAMPLES = 1024
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Ids = list[Annotated[int, Field(strict=True)]]
+_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 class SamplingBody(BaseModel):
@@ -31,6 +32,9 @@ class SamplingBody(BaseModel):
     stop_token_ids: _Ids | None = None
     ignore_eos: bool = False
     sampling_seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    logit_bias: dict[int, Annotated[float, Field(le=-100)]] | None = (
+        None  # only "never" (-100) is implemented
+    )
     # about text: without effect here
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -57,7 +61,7 @@ class GenerateBody(BaseModel):
     logprob_start_len: int | list[int] = -1
     stream: bool = False
     return_text_in_logprobs: bool = False
-    top_logprobs_num: Literal[0] | list[Literal[0]] = 0
+    top_logprobs_num: _Count | list[_Count] = 0
     routing_key: str | None = None
 
     @property
@@ -118,6 +122,7 @@ def requests_of(body: GenerateBody, prefix: str, eos: tuple[int, ...], seeds: "S
         )
     )
     wants = _spread(body.return_logprob, count, "return_logprob")
+    tops = _spread(body.top_logprobs_num, count, "top_logprobs_num")
     requests = []
     for number, prompt in enumerate(prompts):
         wire, rid = sampling[number], rids[number]
@@ -126,18 +131,22 @@ def requests_of(body: GenerateBody, prefix: str, eos: tuple[int, ...], seeds: "S
             if rid is not None and (wire.n > 1 or (count > 1 and isinstance(body.rid, str))):
                 name = f"{rid}_{number}_{index}"
             start = logprob_start[number] if wants[number] else -1
-            requests.append(Request(name, prompt, _params(wire, eos, index, seeds), start))
+            params = _params(wire, eos, index, seeds, tops[number] if wants[number] else 0)
+            requests.append(Request(name, prompt, params, start))
     return requests
 
 
-def _params(wire: SamplingBody, eos: tuple[int, ...], index: int, seeds: "SeedSource") -> SamplingParams:
+def _params(
+    wire: SamplingBody, eos: tuple[int, ...], index: int, seeds: "SeedSource", top: int
+) -> SamplingParams:
     stops = set(wire.stop_token_ids or ()) | (set() if wire.ignore_eos else set(eos))
     # samples of one prompt under one seed get neighbouring streams
     seed = seeds() if wire.sampling_seed is None else (wire.sampling_seed + index) & MAX_SEED
     try:
         return SamplingParams(
             max_new_tokens=wire.max_new_tokens, temperature=wire.temperature, top_p=wire.top_p, top_k=wire.top_k,
-            min_p=wire.min_p, stop_ids=frozenset(stops), min_new_tokens=wire.min_new_tokens, seed=seed,
+            min_p=wire.min_p, forbidden=frozenset(wire.logit_bias or ()), top_logprobs=top,
+            stop_ids=frozenset(stops), min_new_tokens=wire.min_new_tokens, seed=seed,
         )  # fmt: skip
     except ValueError as error:
         raise RequestError(f"sampling_params: {error}.") from None
@@ -191,6 +200,9 @@ def reply(request: Request, logprobs: bool) -> dict[str, Any]:
         pairs = zip(request.logprobs[:count], output, strict=True)
         meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in pairs]
         meta["output_token_logprobs_length"] = len(output)
+        if request.params.top_logprobs:
+            best = request.top_logprobs[:count]
+            meta["output_top_logprobs"] = [[[value, token, None] for value, token in row] for row in best]
         if request.score_from >= 0:
             meta["input_token_logprobs"] = _input_logprobs(request)
     return {"text": "", "output_ids": output, "meta_info": meta}

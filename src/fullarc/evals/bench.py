@@ -1,6 +1,7 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
+fullarc bench train [--json] [--save]
 """
 
 import argparse
@@ -13,7 +14,10 @@ from typing import Any
 from fullarc.config.errors import UsageError
 from fullarc.config.files import atomic_write
 
-AREAS = {"arc": "the whole laptop recipe, raw text to agent"}
+AREAS = {
+    "arc": "the whole laptop recipe, raw text to agent",
+    "train": "a training step against transformers, and where its time goes",
+}
 BASELINES = Path("bench/baselines")
 
 
@@ -34,6 +38,11 @@ def run(
     """
     if area not in AREAS:
         raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
+    if area == "train":
+        from fullarc.config.machine import machine
+        from fullarc.evals import bench_train
+
+        return {"area": area, "machine": machine(), "claims": bench_train.claims()}
     from fullarc.evals import bench_arc
 
     folders = list(from_runs) or [

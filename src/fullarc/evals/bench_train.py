@@ -1,0 +1,206 @@
+"""`fullarc bench train`: is a training step faster than what one would write instead, and where does its time go?
+
+The other side is a plain loop over transformers' implementation of the same network with AdamW, on the same weights'
+shapes, batch and precision (fp32). Both are measured in turn in one process, each in the way that suits it on the
+machine's cores: ours as passes side by side with one torch thread each, theirs as one pass with all threads. Medians of
+REPEATS; the claims are ratios, because seconds drift. What each product of a step takes when it is computed alone, out
+of the cache's way and with nothing between, is the bound that a step is held against.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fullarc.config.errors import FullarcError
+from fullarc.config.machine import machine
+from fullarc.config.model import ModelConfig, preset
+from fullarc.model import GlmMoeDsa
+from fullarc.train import Batch, LmLoss, OptimSettings, Trainer, trained
+
+SIZES = ("2m", "5m", "20m")
+REPEATS = 5
+ROWS, LENGTH = 8, 512
+LARGE_BATCH = 16  # rows: 8k tokens
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = ("mm", "bmm", "baddbmm", "addmm", "_grouped_mm", _FLASH, f"{_FLASH}_backward")
+
+
+def batch(config: ModelConfig, rows: int, length: int) -> Batch:
+    """Random tokens, every one a target."""
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(ids)
+    return Batch(ids, ones.bool(), ones, torch.zeros_like(ids), False)
+
+
+@dataclass
+class Ours:
+    """A trainer and its batch; `step()` is one update."""
+
+    config: ModelConfig
+    rows: int
+    workers: int
+    length: int = LENGTH
+
+    def __post_init__(self) -> None:
+        model = GlmMoeDsa(self.config).init_weights(0)
+        settings, chosen = OptimSettings(kind="muon_split"), trained(indexer=False, mtp=False)
+        self.trainer = Trainer(model, settings, lambda _: 1e-4, chosen, 1e-3, self.workers)
+        self.batch, self.loss = batch(self.config, self.rows, self.length), LmLoss(mtp_steps=0)
+
+    def step(self) -> None:
+        """One update."""
+        torch.set_num_threads(1)
+        micro = max(1, self.rows // max(2, self.workers))
+        self.trainer.step(self.batch.split(micro), self.loss)
+
+
+@dataclass
+class Theirs:
+    """The plain loop: transformers' model, its own loss, AdamW."""
+
+    config: ModelConfig
+    rows: int
+    threads: int
+    length: int = LENGTH
+
+    def __post_init__(self) -> None:
+        try:
+            from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+        except ImportError as error:
+            raise FullarcError(
+                f"The other side of this bench needs transformers ({error}).", "Install it with: make setup"
+            ) from None
+        fields = self.config.to_hf()
+        for key in ("architectures", "latent_norm_eps", "dtype"):
+            fields.pop(key)
+        self.model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**fields | {"use_cache": False})).float().train()
+        self.ids = batch(self.config, self.rows, self.length).ids_BT
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def step(self) -> None:
+        """One update."""
+        torch.set_num_threads(self.threads)
+        self.optimizer.zero_grad()
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.optimizer.step()
+
+
+def in_turn(sides: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+    """Median seconds of each side, measured in turn after one warm-up."""
+    times: list[list[float]] = [[] for _ in sides]
+    for turn in range(repeats + 1):
+        for side, taken in zip(sides, times, strict=True):
+            began = time.perf_counter()
+            side()
+            if turn:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run under it (attention is two), by operation and operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in PRODUCTS:
+            named = tuple((name, _described(value)) for name, value in (kwargs or {}).items())
+            self.seen[(func, tuple(map(_described, args)), named)] += 1
+        return out
+
+    def seconds_alone(self, repeats: int) -> float:
+        """What all of them take, each measured by itself on operands of the same layout."""
+        total = 0.0
+        for (func, args, kwargs), count in self.seen.items():
+            operands, options = [_made(one) for one in args], {name: _made(value) for name, value in kwargs}
+            (median,) = in_turn([lambda f=func, a=operands, k=options: f(*a, **k)], repeats)  # type: ignore[misc]
+            total += median * count
+        return total
+
+
+def _described(arg: Any) -> Any:
+    """A tensor's layout (and the values of one that says where groups end); anything else as it is."""
+    if not isinstance(arg, Tensor):
+        return arg
+    return Tensor, arg.shape, arg.stride(), arg.dtype, tuple(arg.tolist()) if arg.dtype == torch.int32 else ()
+
+
+def _made(described: Any) -> Any:
+    if not (isinstance(described, tuple) and described[:1] == (Tensor,)):
+        return described
+    _, shape, stride, dtype, values = described
+    made = torch.empty_strided(shape, stride, dtype=dtype)
+    if values:
+        return made.copy_(torch.tensor(values, dtype=dtype))
+    return made.normal_() if dtype.is_floating_point else made.fill_(1)
+
+
+def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[str, Any]]:
+    """All claims, in the form that `fullarc bench` prints."""
+    cores = machine()["cores"]
+    out = []
+    for size in sizes:
+        config = preset(size)
+        ours, theirs = Ours(config, ROWS, cores), Theirs(config, ROWS, cores)
+        mine, plain = in_turn([ours.step, theirs.step], repeats)
+        tokens = ROWS * LENGTH
+        out.append(
+            _claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
+                   plain / mine >= 3, f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s")
+        )  # fmt: skip
+        del ours, theirs
+        alone = Ours(config, ROWS, 1)
+        with Products() as products:
+            alone.step()
+        (whole,) = in_turn([alone.step], repeats)
+        share = 100 * products.seconds_alone(repeats) / whole
+        out.append(
+            _claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
+                   share >= 60, f"{sum(products.seen.values())} products, one thread")
+        )  # fmt: skip
+        out.append(_muon_claim(config, size, repeats))
+    return out
+
+
+def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
+    side = Ours(config, LARGE_BATCH, 1)
+    whole, muon = list[float](), list[float]()
+    step = side.trainer.optimizer.step
+
+    def timed(lr: float) -> None:
+        began = time.perf_counter()
+        step(lr)
+        muon.append(time.perf_counter() - began)
+
+    side.trainer.optimizer.step = timed  # type: ignore[method-assign]
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        side.step()
+        whole.append(time.perf_counter() - began)
+    share = 100 * statistics.median(muon[1:]) / statistics.median(whole[1:])
+    tokens = LARGE_BATCH * LENGTH
+    return _claim(
+        f"optimizer's share of a step of {tokens:,} tokens, {size}",
+        share,
+        "%",
+        "< 15",
+        share < 15,
+        "one thread",
+    )
+
+
+def _claim(name: str, value: float, unit: str, target: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {
+        "name": name, "value": round(value, 3), "unit": unit, "baseline": None, "target": target, "seeds": [0],
+        "spread": None, "ok": ok, "detail": [detail],
+    }  # fmt: skip

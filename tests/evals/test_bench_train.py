@@ -1,0 +1,48 @@
+"""The bench of a training step, at a size that takes seconds: its parts against counts made by hand."""
+
+import pytest
+import torch
+
+from fullarc.config.model import preset
+from fullarc.evals import bench, bench_train
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench_train, "ROWS", 2)
+    monkeypatch.setattr(bench_train, "LARGE_BATCH", 2)
+    monkeypatch.setattr(bench_train.Ours, "length", 16)
+    monkeypatch.setattr(bench_train.Theirs, "length", 16)
+
+
+def test_every_claim_is_measured_for_every_size(monkeypatch):
+    monkeypatch.setattr(bench_train, "SIZES", ("nano",))
+    found = bench_train.claims(("nano",), 1)
+    assert [claim["unit"] for claim in found] == ["x", "%", "%"]
+    assert all(claim["value"] > 0 and isinstance(claim["ok"], bool) for claim in found)
+    share = found[1]
+    assert share["value"] < 100, "the products are a part of the step"
+    text = bench.table({"area": "train", "machine": {"cpu": "c", "cores": 2, "memory_gb": 1, "torch": "t"},
+                        "claims": found})  # fmt: skip
+    assert "tokens/s against" in text
+
+
+def test_products_are_counted_with_their_layout():
+    a, b = torch.randn(3, 4), torch.randn(5, 4)
+    with bench_train.Products() as products:
+        torch.mm(a, b.T)
+        torch.mm(a, b.T)
+        torch.relu(a)
+        torch.bmm(a[None], b.T[None])
+    counts = {key[0].overloadpacket.__name__: count for key, count in products.seen.items()}
+    assert counts == {"mm": 2, "bmm": 1}
+    (_, (_, right), _) = next(key for key in products.seen if key[0].overloadpacket.__name__ == "mm")
+    assert bench_train._made(right).stride() == (1, 4) and bench_train._made(right).shape == (4, 5)
+    assert products.seconds_alone(1) > 0
+
+
+def test_both_sides_train_the_same_number_of_weights():
+    ours = bench_train.Ours(preset("nano"), 2, 1).trainer.model
+    theirs = bench_train.Theirs(preset("nano"), 2, 1).model
+    count = sum(p.numel() for n, p in ours.named_parameters() if not n.startswith("mtp_layer"))
+    assert count == sum(p.numel() for p in theirs.parameters())
