@@ -141,7 +141,7 @@ SIZES: dict[str, Layer] = {
             "reasoning_rl": _RL_2M
             | _SINGLE_TURN_2M
             | {
-                "steps": 150,
+                "steps": 135,
                 "prompts": 96,
                 "optimizer": "muon_split",
                 "lr": 2.5e-3,
@@ -152,7 +152,7 @@ SIZES: dict[str, Layer] = {
             },
             "agentic_rl": _RL_2M
             | {
-                "steps": 20,
+                "steps": 18,
                 "prompts": 24,
                 "optimizer": "muon_split",
                 "lr": 2e-3,
