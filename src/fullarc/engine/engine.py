@@ -5,7 +5,7 @@ The HTTP server steps the same scheduler; both give the same bits for the same r
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class Output:
     weight_version: str
     cached_tokens: int
     versions: list[str]
-    top_logprobs: list[list[tuple[float, int]]]
+    top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
 
 
 def load_weights(folder: str | Path, version: str = "0") -> EngineWeights:
