@@ -15,6 +15,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_train.Theirs, "length", 16)
 
 
+@pytest.mark.slow
 def test_every_claim_is_measured_for_every_size(monkeypatch):
     monkeypatch.setattr(bench_train, "SIZES", ("nano",))
     found = bench_train.claims(("nano",), 1)

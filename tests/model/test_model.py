@@ -192,6 +192,7 @@ def test_packed_rows_of_many_blocks_equal_their_documents_alone(topk: int, index
         torch.testing.assert_close(packed.hidden_BTD[row, part], single, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_row_never_makes_a_tensor_of_all_pairs() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
