@@ -42,6 +42,7 @@ def test_products_are_counted_with_their_layout():
     assert products.seconds_alone(1) > 0
 
 
+@pytest.mark.slow
 def test_both_sides_train_the_same_number_of_weights():
     ours = bench_train.Ours(preset("nano"), 2, 1).trainer.model
     theirs = bench_train.Theirs(preset("nano"), 2, 1).model
