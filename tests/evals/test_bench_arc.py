@@ -175,7 +175,7 @@ def test_the_bench_asks_again_with_more_questions_and_its_answers_count(
 
     monkeypatch.setattr("fullarc.evals.stage.evaluate", evaluate)
     for name in ("pretrain", "sft"):
-        (folder / "stages" / name / "checkpoint").mkdir()
+        atomic_write(folder / "stages" / name / "checkpoint/manifest.json", "the first weights")
     bench.run("arc", from_runs=[folder])
     assert not asked, "reading a run asks nothing"
     claims = {claim["name"]: claim for claim in bench.run("arc", from_runs=[folder], thorough=True)["claims"]}
@@ -187,3 +187,7 @@ def test_the_bench_asks_again_with_more_questions_and_its_answers_count(
     assert bench_arc.read_run(folder).scores["sft"]["format_errors"].n == 900
     bench_arc.examine(folder)
     assert not asked, "what was asked is not asked again"
+    atomic_write(folder / "stages/sft/checkpoint/manifest.json", "other weights")
+    assert bench_arc.read_run(folder).scores["sft"]["format_errors"].n == 96, "scores of other weights"
+    bench_arc.examine(folder)
+    assert list(asked) == ["sft"]

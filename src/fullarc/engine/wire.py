@@ -32,9 +32,8 @@ class SamplingBody(BaseModel):
     stop_token_ids: _Ids | None = None
     ignore_eos: bool = False
     sampling_seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    logit_bias: dict[int, Annotated[float, Field(le=-100)]] | None = (
-        None  # only "never" (-100) is implemented
-    )
+    # of the biases only "never" is implemented
+    logit_bias: dict[int, Annotated[float, Field(le=-100)]] | None = None
     # about text: without effect here
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True

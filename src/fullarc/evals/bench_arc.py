@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fullarc.config.errors import FullarcError
-from fullarc.config.files import atomic_write, read_jsonl
+from fullarc.config.files import MANIFEST, atomic_write, read_jsonl, sha256
+from fullarc.config.runfolder import RESOLVED, digest
 from fullarc.evals.scores import COLUMNS, NEEDLE, Scores, column
 from fullarc.evals.stats import spread
 
@@ -244,10 +245,10 @@ def read_run(folder: Path) -> Run:
     report = collect(folder)
     scores: dict[str, Scores] = {}
     for stage in report["stages"]:
-        own = folder / "stages" / stage["name"] / "eval" / "scores.json"
-        path = folder / "bench" / stage["name"] / "scores.json"
-        path = path if path.exists() else own
-        if path.exists():
+        own = folder / "stages" / stage["name"] / "eval"
+        asked = [place for place in (_thorough(folder, stage["name"]), own) if place]
+        path = next((p for p in (place / "scores.json" for place in asked) if p.exists()), None)
+        if path:
             scores[stage["name"]] = Scores.load(path)
     kinds = {stage["name"]: stage["type"] for stage in report["stages"]}
     events = read_jsonl(folder / "events.jsonl")
@@ -275,20 +276,31 @@ def read_run(folder: Path) -> Run:
 
 
 def examine(folder: Path) -> None:
-    """Ask every checkpoint of a finished run as many questions as THOROUGH says; <folder>/bench/STAGE/scores.json.
+    """Ask every checkpoint of a finished run as many questions as THOROUGH says; see `_thorough` for where it is kept.
 
     What is there already is not asked again. The first questions are those of the run's own evaluation.
     """
     from fullarc.config.recipe import load_recipe
-    from fullarc.config.runfolder import RESOLVED
     from fullarc.evals.stage import evaluate, job_of
 
     recipe = load_recipe(folder / RESOLVED).recipe
     for name in recipe.stages:
-        model, out = folder / "stages" / name / "checkpoint", folder / "bench" / name
-        if model.exists() and not (out / "scores.json").exists():
-            job = job_of(recipe, name, model)
+        out = _thorough(folder, name)
+        if out and not (out / "scores.json").exists():
+            job = job_of(recipe, name, folder / "stages" / name / "checkpoint")
             evaluate(replace(job, settings=recipe.eval.model_copy(update=THOROUGH)), out)
+
+
+def _thorough(folder: Path, stage: str) -> Path | None:
+    """Where the thorough scores of a stage's present checkpoint are or belong; None when there is no checkpoint.
+
+    The name holds what was asked of what, so that a stage that is run again is never judged by its former scores.
+    """
+    try:
+        weights = sha256(folder / "stages" / stage / "checkpoint" / MANIFEST)
+    except OSError:
+        return None
+    return folder / "bench" / f"{stage}-{digest(weights, THOROUGH)[:12]}"
 
 
 def run_recipe(seed: int, runs_dir: Path, recipe: Path = RECIPE) -> Path:

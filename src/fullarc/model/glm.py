@@ -251,8 +251,8 @@ class GlmMoeDsa(nn.Module):
         topk = None if indexer_loss == "dense" else self.config.index_topk
         if doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk:
             return Visibility(cos, sin)
-        chunks, block = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device)
-        return Visibility(cos, sin, chunks, block, indexer_loss, valid)
+        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device)
+        return Visibility(cos, sin, chunks, indexer_loss, valid)
 
     @staticmethod
     def _summary(

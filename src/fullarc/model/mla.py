@@ -46,8 +46,7 @@ class Visibility:
 
     Attributes:
         cos, sin: RoPE tables [B, T, P].
-        chunks: all queries in order, `block` at a time; None when plain causal and dense (one document a row).
-        block: positions per block of keys.
+        chunks: all queries in order, a block at a time; None when plain causal and dense (one document a row).
         indexer_loss: "off", "dense" (KL over all allowed keys) or "sparse" (KL over the selected set).
         valid_BT: boolean, False on padding.
     """
@@ -55,15 +54,20 @@ class Visibility:
     cos: Tensor
     sin: Tensor
     chunks: list[Chunk] | None = None
-    block: int = BLOCK
     indexer_loss: str = "off"
     valid_BT: Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Positions per block of keys: as many as the first chunk has queries."""
+        assert self.chunks is not None
+        return self.chunks[0].part.stop
 
 
 def visible_chunks(
     length: int, doc_ids: Tensor | None, parent_ids: Tensor | None, topk: int | None, device: torch.device
-) -> tuple[list[Chunk], int]:
-    """The queries of rows of `length` in chunks, each with the blocks of keys it needs, and the size of a block.
+) -> list[Chunk]:
+    """The queries of rows of `length` in chunks, each with the blocks of keys it needs.
 
     A packed row is a band of small documents, so most blocks are invisible to most queries and are never touched;
     and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse.
@@ -84,7 +88,7 @@ def visible_chunks(
         blocks = [number for number, piece in enumerate(pieces) if piece.any()]
         sparse = topk is not None and int(allowed.sum(-1).max()) > topk
         chunks.append(Chunk(part, blocks, torch.cat([pieces[number] for number in blocks], -1), sparse))
-    return chunks, block
+    return chunks
 
 
 @dataclass
@@ -184,8 +188,7 @@ class MLA(nn.Module):
 
     def _index(self, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> _Index | None:
         """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
-        assert seen.chunks is not None
-        if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks):
+        if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks or ()):
             return None
         with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
             h, latent = h_BTD.detach(), q_latent.detach()

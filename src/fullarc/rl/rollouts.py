@@ -185,10 +185,9 @@ class ProcessRollouts:
     def _start(self) -> None:
         urls = [self.engine_url]
         if self.engine:
-            names = [f"engine-{number}" for number in range(self.engines)]
-            ours = [Child(name, self.engine, self.logs / f"{name}.log") for name in names]
-            self._children |= dict(zip(names, ours, strict=True))
-            urls = [self._url(engine) for engine in ours]
+            for name in (f"engine-{number}" for number in range(self.engines)):
+                self._children[name] = Child(name, self.engine, self.logs / f"{name}.log")
+            urls = [self._url(engine) for engine in self._children.values()]
         worker = self._children["worker"] = Child("worker", self.worker, self.logs / "worker.log")
         worker.send(self.job | {"engine_urls": urls, "out": str(self.trajectories.absolute())})
         for batch in sorted(self._orders):

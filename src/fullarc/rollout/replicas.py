@@ -18,13 +18,12 @@ class Replicas(EngineClient):
     """A client of all engines at `urls`; the arguments are those of `EngineClient`."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, retries: int = 5) -> None:
-        super().__init__(urls[0], timeout_s, retries)
         self.engines = [EngineClient(url, timeout_s, retries) for url in urls]
         self._in_flight = [0] * len(urls)
 
     async def close(self) -> None:
         """Close the connections to all."""
-        await asyncio.gather(super().close(), *(engine.close() for engine in self.engines))
+        await asyncio.gather(*(engine.close() for engine in self.engines))
 
     async def stream(
         self, ids: Sequence[int], sampling: Sampling, session: str | None = None
