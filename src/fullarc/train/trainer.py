@@ -4,7 +4,8 @@
 
 Micro-batches are computed `workers` at a time, each on a thread of its own with one torch thread: at the sizes a
 laptop trains, operations are too small to be split, but whole passes are not. Gradients are added in the order of
-the micro-batches, so the result does not depend on `workers`.
+the micro-batches, so the result does not depend on `workers`. With several processes each computes every n-th
+micro-batch; gradients, counts, metrics and router loads are summed over them before anything is decided.
 
 Invariants: a step either happens completely or, when anything is not finite, not at all (weights and
 optimizer state are untouched and the error says where); parameters outside `trainable` never change; the
@@ -12,7 +13,6 @@ state needed to continue bit for bit is the weights, `state()` and the position 
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from fullarc.config.errors import FullarcError
 from fullarc.train.losses import LossSum
 from fullarc.train.optim import Optimizer, OptimSettings
+from fullarc.train.parallel.ranks import ALONE, Ranks
+from fullarc.train.sums import StepSums
 
 LossFn = Callable[[Any, Any], LossSum]
 
@@ -61,6 +63,8 @@ class Trainer:
             accordingly).
         router_bias_rate: size of the loss-free balancing step; 0 = off.
         workers: micro-batches computed at once.
+        ranks: the processes that train this model together; every one of them calls `step` with the same
+            micro-batches, computes its share of them and makes the same update.
     """
 
     def __init__(
@@ -71,10 +75,11 @@ class Trainer:
         trainable: Callable[[str], bool],
         router_bias_rate: float = 0.0,
         workers: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.settings, self.lr = model, settings, lr
         self.router_bias_rate = router_bias_rate
-        self.workers = workers
+        self.workers, self.ranks = workers, ranks
         self.step_number = 0
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
@@ -96,43 +101,43 @@ class Trainer:
         started = time.perf_counter()
         for parameter in self.parameters.values():
             parameter.grad = None
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        count, load_LE = 0.0, None
-        for index, (out, grads) in enumerate(self._passes(micro_batches, loss_fn)):
+        sums = StepSums()
+        mine = range(len(micro_batches))[self.ranks.rank :: self.ranks.size]
+        passes = self._passes([micro_batches[index] for index in mine], loss_fn)
+        for index, (out, grads) in zip(mine, passes, strict=True):
             if not torch.isfinite(out.total):
-                raise self._non_finite(f"the loss of micro-batch {index}")
+                sums.bad = index
+                break
             for parameter, grad in zip(self.parameters.values(), grads, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-            count += out.count
-            for name, (total, n) in out.metrics.items():
-                sums[name][0] += total
-                sums[name][1] += n
-            if out.router_load_LE is not None:
-                load_LE = out.router_load_LE if load_LE is None else load_LE + out.router_load_LE
-        if count <= 0:
+            sums.add(out)
+        sums = sums.over(self.ranks, self.parameters.values())
+        if sums.bad is not None:
+            raise self._non_finite(f"the loss of micro-batch {sums.bad}")
+        if sums.count <= 0:
             raise FullarcError(
                 f"Step {self.step_number}: no token of the batch is a training target (all masked).",
                 "Look at loss.npy of the packed rows, or at the filters that made this batch.",
             )
-        norm = self._normalise(count)
+        norm = self._normalise(sums.count)
         lr = self.lr(self.step_number)
         self.optimizer.step(lr)
-        if load_LE is not None and self.router_bias_rate:
-            self.model.update_router_bias(load_LE, self.router_bias_rate)
+        if sums.load_LE is not None and self.router_bias_rate:
+            self.model.update_router_bias(sums.load_LE, self.router_bias_rate)
         self.step_number += 1
-        metrics = {name: total / max(n, 1e-30) for name, (total, n) in sums.items()}
-        if load_LE is not None:
-            metrics["expert_load"] = _imbalance(load_LE)
+        metrics = sums.means()
+        if sums.load_LE is not None:
+            metrics["expert_load"] = _imbalance(sums.load_LE)
         seconds = time.perf_counter() - started
-        return {**metrics, "lr": lr, "grad_norm": norm, "count": count, "seconds": seconds}
+        return {**metrics, "lr": lr, "grad_norm": norm, "count": sums.count, "seconds": seconds}
 
     def _passes(
         self, micro_batches: Sequence[Any], loss_fn: LossFn
     ) -> Iterator[tuple[LossSum, Sequence[Tensor | None]]]:
         """The loss and the gradients of each micro-batch, in order."""
         one_pass = partial(self._pass, loss_fn)
-        if self.workers == 1 or len(micro_batches) == 1:
+        if self.workers == 1 or len(micro_batches) <= 1:
             yield from map(one_pass, micro_batches)
             return
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -1,0 +1,87 @@
+"""What the ranks of the parallel tests do; a module of its own, so that a new process can import it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fullarc.config.errors import FullarcError
+from fullarc.config.model import ModelConfig
+from fullarc.model import GlmMoeDsa
+from fullarc.train import Batch, LmLoss, NonFinite, OptimSettings, Rows, Trainer, trained
+from fullarc.train.parallel import ALONE, Ranks
+
+Weights = dict[str, np.ndarray]
+LOSS = LmLoss(mtp_steps=2, aux_weight=0.01)
+STEPS, ROWS = 3, 6
+
+
+def arrays(tensors) -> Weights:
+    """Copies, which can travel between processes."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+
+def new_trainer(config: ModelConfig, ranks: Ranks = ALONE, kind: str = "muon_split") -> Trainer:
+    model = GlmMoeDsa(config).init_weights(1)
+    chosen = trained(indexer=False, mtp=True)
+    return Trainer(model, OptimSettings(kind=kind), lambda _: 0.01, chosen, 1e-3, ranks=ranks)
+
+
+def batches(rows: Path) -> list[Batch]:
+    """Batches whose micro-batches have very different numbers of targets, one of them none."""
+    stream = Rows(rows, ROWS, 0)
+    found = [stream.next() for _ in range(STEPS)]
+    for batch in found:
+        batch.loss_BT[1] = False
+        batch.loss_BT[2] &= torch.arange(batch.loss_BT.shape[1]) < 6
+    return found
+
+
+def train(ranks: Ranks, config: ModelConfig, rows: Path) -> tuple[list[dict[str, float]], Weights]:
+    """Steps of six micro-batches, then one of a single micro-batch; metrics and weights."""
+    torch.set_num_threads(1)
+    trainer = new_trainer(config, ranks)
+    steps = [batch.split(1) for batch in batches(rows)]
+    metrics = [trainer.step(micro, LOSS) for micro in (*steps, steps[0][:1])]
+    return metrics, arrays(trainer.model.state_dict())
+
+
+def bad_loss(ranks: Ranks, config: ModelConfig, rows: Path) -> str:
+    """Micro-batch 3 has an infinite loss, which only one rank computes; what this rank was told."""
+    trainer = new_trainer(config, ranks)
+    micro = batches(rows)[0].split(1)
+
+    def loss(model, batch):
+        out = LOSS(model, batch)
+        return type(out)(out.total * torch.inf, out.count) if batch is micro[3] else out
+
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    try:
+        trainer.step(micro, loss)
+    except NonFinite as error:
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        trainer.step(micro, LOSS)  # all ranks can go on together
+        return error.message
+    return "nothing"
+
+
+def fail(ranks: Ranks, how: str) -> None:
+    """The last rank goes down while the others wait for it."""
+    if ranks.rank == ranks.size - 1:
+        if how == "refused":
+            raise FullarcError("The rows are of another model.", "Pack them again.")
+        if how == "crashed":
+            raise KeyError("lost")
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.barrier()
+
+
+def wait_for_ever(ranks: Ranks, folder: Path) -> None:
+    """Rank 0 never comes to the barrier that the others are in."""
+    (folder / f"{os.getpid()}.pid").touch()
+    if ranks.rank == 0:
+        time.sleep(1000)
+    ranks.barrier()

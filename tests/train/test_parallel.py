@@ -1,0 +1,91 @@
+"""Several processes train as one would, and fail as one would."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from fullarc.config.errors import FullarcError
+from fullarc.train.parallel import ALONE, RankFailed, launch
+
+sys.path.insert(0, str(Path(__file__).parent))  # new processes look here too
+import rank_jobs as jobs
+
+SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+def ranks_of(parent):
+    """Processes that the launcher's fork server has running."""
+    servers = [child for child in parent.children() if "forkserver" in " ".join(child.cmdline())]
+    return [child for server in servers for child in server.children()]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_equals_one_process(config, make_rows, size):
+    """To the rounding of sums in another order; counts and router biases exactly, and all ranks to the bit."""
+    rows = make_rows()
+    expected_metrics, expected = jobs.train(ALONE, config, rows)
+    results = launch(jobs.train, size, config, rows)
+    for metrics, weights in results:
+        for step, expected_step in zip(metrics, expected_metrics, strict=True):
+            assert step["count"] == expected_step["count"]
+            assert step.keys() == expected_step.keys()
+            for name in step.keys() - {"seconds"}:
+                assert step[name] == pytest.approx(expected_step[name], rel=1e-5), name
+        for name, value in weights.items():
+            assert np.allclose(value, expected[name], atol=2e-5), name
+            assert np.array_equal(value, results[0][1][name]), name
+            if name.endswith("e_score_correction_bias"):
+                assert np.array_equal(value, expected[name]), name
+
+
+def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows):
+    told = launch(jobs.bad_loss, 2, config, make_rows())
+    assert told[0] == told[1] and "the loss of micro-batch 3 is NaN or infinite" in told[0]
+
+
+@pytest.mark.parametrize(
+    "how, error, message",
+    [
+        ("refused", FullarcError, "The rows are of another model. Pack them again."),
+        ("crashed", RankFailed, "Rank 1 of 2 failed: KeyError: 'lost'."),
+        ("killed", RankFailed, "Rank 1 of 2 was killed."),
+    ],
+)
+def test_the_first_failure_is_the_error_and_ends_all(how, error, message):
+    with pytest.raises(error) as raised:
+        launch(jobs.fail, 2, how)
+    assert str(raised.value) == message
+    assert not ranks_of(psutil.Process())
+
+
+def test_ranks_end_with_their_parent(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import rank_jobs, pathlib\n"
+        "from fullarc.train.parallel import launch\n"
+        f"if __name__ == '__main__': launch(rank_jobs.wait_for_ever, 2, pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+    try:
+        pids = _until(lambda: [int(p.stem) for p in tmp_path.glob("*.pid")], lambda found: len(found) == 2)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    _until(lambda: [pid for pid in pids if psutil.pid_exists(pid)], lambda left: not left)
+
+
+def _until(look, good, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not good(found := look()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found
