@@ -11,8 +11,8 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa
-from fullarc.train import Batch, LmLoss, NonFinite, OptimSettings, Rows, Trainer, trained
-from fullarc.train.parallel import ALONE, Ranks
+from fullarc.train import Batch, LmLoss, NonFinite, Optimizer, OptimSettings, Rows, Trainer, trained
+from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
 
 Weights = dict[str, np.ndarray]
 LOSS = LmLoss(mtp_steps=2, aux_weight=0.01)
@@ -85,3 +85,25 @@ def wait_for_ever(ranks: Ranks, folder: Path) -> None:
     if ranks.rank == 0:
         time.sleep(1000)
     ranks.barrier()
+
+
+def gradients(model: GlmMoeDsa, step: int) -> None:
+    """The same random gradients on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def optimize(ranks: Ranks, config: ModelConfig, kind: str) -> tuple[Weights, Weights]:
+    """Three updates by equal gradients; weights and the optimizer's state on this rank."""
+    torch.set_num_threads(1)
+    model = GlmMoeDsa(config).init_weights(1)
+    parameters, settings = dict(model.named_parameters()), OptimSettings(kind=kind)
+    if ranks.size == 1:
+        optimizer = Optimizer(parameters, settings, config)
+    else:
+        optimizer = ShardedOptimizer(parameters, settings, config, ranks)
+    for step in range(3):
+        gradients(model, step)
+        optimizer.step(0.01)
+    return arrays(parameters), arrays(optimizer.tensors())

@@ -13,6 +13,7 @@ import pytest
 
 from fullarc.config.errors import FullarcError
 from fullarc.train.parallel import ALONE, RankFailed, launch
+from fullarc.train.parallel.owners import share_out
 
 sys.path.insert(0, str(Path(__file__).parent))  # new processes look here too
 import rank_jobs as jobs
@@ -43,6 +44,31 @@ def test_training_equals_one_process(config, make_rows, size):
             assert np.array_equal(value, results[0][1][name]), name
             if name.endswith("e_score_correction_bias"):
                 assert np.array_equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["muon_split", "adamw"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sharded_optimizer_makes_the_same_bits_with_a_share_of_the_state(config, size, kind):
+    """Every rank ends with the weights of the whole optimizer; its state is divided without overlap."""
+    expected, whole = jobs.optimize(ALONE, config, kind)
+    results = launch(jobs.optimize, size, config, kind)
+    for weights, _ in results:
+        for name, value in weights.items():
+            assert np.array_equal(value, expected[name]), name
+    states = [state for _, state in results]
+    assert sorted(name for state in states for name in state) == sorted(whole)
+    for state in states:
+        assert all(np.array_equal(value, whole[name]) for name, value in state.items())
+    held = [sum(value.nbytes for value in state.values()) for state in states]
+    largest = max(2 * value.nbytes for value in whole.values())
+    assert sum(held) == sum(value.nbytes for value in whole.values())
+    assert max(held) <= sum(held) / size + largest, held
+
+
+def test_owners_are_balanced():
+    costs = {"a": 8.0, "b": 7.0, "c": 6.0, "d": 5.0, "e": 4.0}
+    assert share_out(costs, 2) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 0}
+    assert share_out(costs, 1) == dict.fromkeys(costs, 0)
 
 
 def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows):

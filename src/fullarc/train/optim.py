@@ -105,6 +105,15 @@ def uses_adamw(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or any(part in name for part in _ADAMW_NAMES)
 
 
+def require_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise FullarcError naming the first parameter without a gradient."""
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            raise FullarcError(
+                f"{name} is set to be trained but has no gradient.", "Freeze it for this stage."
+            )
+
+
 class Optimizer:
     """Muon for matrices, AdamW for the rest, over named parameters.
 
@@ -139,11 +148,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from the gradients in `.grad`."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                raise FullarcError(
-                    f"{name} is set to be trained but has no gradient.", "Freeze it for this stage."
-                )
+        require_gradients(self.parameters)
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr * self.settings.adamw_scale

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fullarc.config.errors import FullarcError
 from fullarc.train.losses import LossSum
 from fullarc.train.optim import Optimizer, OptimSettings
+from fullarc.train.parallel.owners import ShardedOptimizer
 from fullarc.train.parallel.ranks import ALONE, Ranks
 from fullarc.train.sums import StepSums
 
@@ -89,7 +90,11 @@ class Trainer:
         }
         if not self.parameters:
             raise ValueError("no parameter is trainable")
-        self.optimizer = Optimizer(self.parameters, settings, model.config)
+        self.optimizer = (
+            Optimizer(self.parameters, settings, model.config)
+            if ranks.size == 1
+            else ShardedOptimizer(self.parameters, settings, model.config, ranks)
+        )
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
         """One update from all micro-batches; returns the step's metrics.
