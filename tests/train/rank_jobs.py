@@ -11,7 +11,19 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa
-from fullarc.train import Batch, LmLoss, NonFinite, Optimizer, OptimSettings, Rows, Trainer, trained
+from fullarc.train import (
+    Batch,
+    LmLoss,
+    NonFinite,
+    Optimizer,
+    OptimSettings,
+    Rows,
+    Trainer,
+    load_checkpoint,
+    run_phase,
+    save_checkpoint,
+    trained,
+)
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
 
 Weights = dict[str, np.ndarray]
@@ -107,3 +119,29 @@ def optimize(ranks: Ranks, config: ModelConfig, kind: str) -> tuple[Weights, Wei
         gradients(model, step)
         optimizer.step(0.01)
     return arrays(parameters), arrays(optimizer.tensors())
+
+
+def save(ranks: Ranks, config: ModelConfig, rows: Path, folder: Path) -> tuple[Weights, Weights]:
+    """Train a step, write a checkpoint; weights and this rank's optimizer state."""
+    trainer = new_trainer(config, ranks)
+    trainer.step(batches(rows)[0].split(1), LOSS)
+    save_checkpoint(folder, trainer, {"place": 7})
+    return arrays(trainer.model.state_dict()), arrays(trainer.optimizer.tensors())
+
+
+def load(ranks: Ranks, config: ModelConfig, folder: Path) -> tuple[Weights, Weights]:
+    """Read the checkpoint back; weights and this rank's optimizer state."""
+    trainer = new_trainer(config, ranks)
+    assert load_checkpoint(folder, trainer) == {"place": 7} and trainer.step_number == 1
+    return arrays(trainer.model.state_dict()), arrays(trainer.optimizer.tensors())
+
+
+def phase(ranks: Ranks, rows: Path, out: Path, stop_at: int = 0) -> dict[str, float]:
+    """A whole phase with checkpoints every two steps; with `stop_at` the first rank gives up after that step."""
+    from test_checkpoint import tiny, tiny_phase
+
+    def log(step: int, **_: float) -> None:
+        if step == stop_at:
+            raise FullarcError("Enough.")
+
+    return run_phase(tiny_phase(rows, steps=5), tiny, out, log=log, ranks=ranks)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from fullarc.config.errors import FullarcError
+from fullarc.model import load_model
 from fullarc.train.parallel import ALONE, RankFailed, launch
 from fullarc.train.parallel.owners import share_out
 
@@ -69,6 +70,34 @@ def test_owners_are_balanced():
     costs = {"a": 8.0, "b": 7.0, "c": 6.0, "d": 5.0, "e": 4.0}
     assert share_out(costs, 2) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 0}
     assert share_out(costs, 1) == dict.fromkeys(costs, 0)
+
+
+def test_a_checkpoint_of_two_ranks_is_read_by_any_number(config, make_rows, tmp_path):
+    """Weights and moments bit for bit, and none twice; no file but safetensors and JSON."""
+    saved = launch(jobs.save, 2, config, make_rows(), tmp_path / "saved")
+    moments = saved[0][1] | saved[1][1]
+    files = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}
+    read = {1: [jobs.load(ALONE, config, tmp_path / "saved")]}
+    read[4] = launch(jobs.load, 4, config, tmp_path / "saved")
+    for ranks in read.values():
+        assert sorted(name for _, state in ranks for name in state) == sorted(moments)
+        for weights, state in ranks:
+            assert all(np.array_equal(value, saved[0][0][name]) for name, value in weights.items())
+            assert all(np.array_equal(value, moments[name]) for name, value in state.items())
+
+
+def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_rows, tmp_path):
+    rows = make_rows()
+    expected = jobs.phase(ALONE, rows, tmp_path / "alone")
+    with pytest.raises(FullarcError, match="Enough"):
+        launch(jobs.phase, 2, rows, tmp_path / "moved", 3)
+    assert [p.name for p in (tmp_path / "moved.steps").glob("step-*")] == ["step-00000002"]
+    metrics = jobs.phase(ALONE, rows, tmp_path / "moved")
+    for name in metrics.keys() - {"tokens_per_s"}:
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
+    weights, moved = (load_model(tmp_path / name).state_dict() for name in ("alone", "moved"))
+    assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
 
 
 def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows):

@@ -23,6 +23,7 @@ from fullarc.model import GlmMoeDsa, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
+from fullarc.train.parallel.ranks import ALONE, Ranks
 from fullarc.train.rows import Rows
 from fullarc.train.schedule import schedule
 from fullarc.train.trainer import LossFn, Trainer, trained
@@ -69,6 +70,7 @@ def run_phase(
     tokenizer_dir: Path | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
     event: Callable[..., None] = lambda *_, **__: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train the model that `start()` gives and leave it as the checkpoint `out`; returns the last logged
     metrics.
@@ -78,14 +80,21 @@ def run_phase(
     Args:
         log: called as `log(step, **metrics)` every `log_every` steps with the means since the last call.
         event: called as `event(kind, **fields)` on resume and on damaged checkpoints.
+        ranks: the processes that all call this with the same arguments and train together. Checkpoints do not
+            depend on their number, which may change at every start; only the first of them reports.
     """
+    if not ranks.first:
+        log = event = _silent
     saved = Steps(out.with_name(f"{out.name}.steps"), event)
     if is_complete(out):
-        saved.clear()
+        if ranks.first:
+            saved.clear()
         return dict(saved_data_state(out)["metrics"])
     model = start()
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
-    trainer = Trainer(model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate, phase.workers)
+    trainer = Trainer(
+        model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate, phase.workers, ranks
+    )
     metrics: dict[str, float] = {}
     newest = saved.latest()
     if newest is not None:
@@ -103,8 +112,13 @@ def run_phase(
         if done % phase.save_every == 0 and done < phase.steps:
             saved.save(trainer, {"rows": rows.state(), "metrics": metrics}, tokenizer_dir)
     save_checkpoint(out, trainer, {"rows": rows.state(), "metrics": metrics}, tokenizer_dir)
-    saved.clear()
+    if ranks.first:
+        saved.clear()
     return metrics
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Report nothing."""
 
 
 class Window:

@@ -13,7 +13,7 @@ state needed to continue bit for bit is the weights, `state()` and the position 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -181,10 +181,10 @@ class Trainer:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values that, with the weights, continue training bit for bit."""
+        """Tensors (of what this rank owns) and JSON values that, with the weights, continue training bit for bit."""
         return self.optimizer.tensors(), {"step": self.step_number, "optimizer": self.settings.kind}
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Take back `state()`.
 
         Raises:

@@ -22,6 +22,11 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.rank == 0
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each contiguous tensor by its sum over the ranks, the same bits on all."""
         if self.size > 1:
