@@ -10,7 +10,7 @@ import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
-from fullarc.model import GlmMoeDsa
+from fullarc.model import GlmMoeDsa, load_model
 from fullarc.train import (
     Batch,
     LmLoss,
@@ -25,6 +25,7 @@ from fullarc.train import (
     trained,
 )
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
+from fullarc.train.parallel.fsdp import FsdpTrainer
 
 Weights = dict[str, np.ndarray]
 LOSS = LmLoss(mtp_steps=2, aux_weight=0.01)
@@ -40,6 +41,12 @@ def new_trainer(config: ModelConfig, ranks: Ranks = ALONE, kind: str = "muon_spl
     model = GlmMoeDsa(config).init_weights(1)
     chosen = trained(indexer=False, mtp=True)
     return Trainer(model, OptimSettings(kind=kind), lambda _: 0.01, chosen, 1e-3, ranks=ranks)
+
+
+def new_fsdp_trainer(config: ModelConfig, ranks: Ranks, seed: int = 1) -> FsdpTrainer:
+    model = GlmMoeDsa(config).init_weights(seed)
+    chosen = trained(indexer=False, mtp=True)
+    return FsdpTrainer(model, OptimSettings(), lambda _: 0.01, chosen, 1e-3, ranks)
 
 
 def batches(rows: Path) -> list[Batch]:
@@ -61,20 +68,20 @@ def train(ranks: Ranks, config: ModelConfig, rows: Path) -> tuple[list[dict[str,
     return metrics, arrays(trainer.model.state_dict())
 
 
-def bad_loss(ranks: Ranks, config: ModelConfig, rows: Path) -> str:
+def bad_loss(ranks: Ranks, config: ModelConfig, rows: Path, fsdp: bool) -> str:
     """Micro-batch 3 has an infinite loss, which only one rank computes; what this rank was told."""
-    trainer = new_trainer(config, ranks)
+    trainer = new_fsdp_trainer(config, ranks) if fsdp else new_trainer(config, ranks)
     micro = batches(rows)[0].split(1)
 
     def loss(model, batch):
         out = LOSS(model, batch)
         return type(out)(out.total * torch.inf, out.count) if batch is micro[3] else out
 
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.parameters.items()}
     try:
         trainer.step(micro, loss)
     except NonFinite as error:
-        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        assert all(torch.equal(value, before[name]) for name, value in trainer.parameters.items())
         trainer.step(micro, LOSS)  # all ranks can go on together
         return error.message
     return "nothing"
@@ -97,6 +104,28 @@ def wait_for_ever(ranks: Ranks, folder: Path) -> None:
     if ranks.rank == 0:
         time.sleep(1000)
     ranks.barrier()
+
+
+def fsdp(
+    ranks: Ranks, config: ModelConfig, rows: Path, folder: Path
+) -> tuple[list[dict[str, float]], Weights, dict[str, int]]:
+    """Steps of eight micro-batches on a sharded model, then a checkpoint: metrics, weights, bytes held."""
+    torch.set_num_threads(1)
+    trainer = new_trainer(config) if ranks.size == 1 else new_fsdp_trainer(config, ranks)
+    steps = [[*batch.split(1), *batch.split(1)[:2]] for batch in batches(rows)]
+    metrics = [trainer.step(micro, LOSS) for micro in steps]
+    save_checkpoint(folder, trainer, {"place": 7})
+    held = {
+        "weights": sum(p.nbytes for p in trainer.parameters.values()),
+        "moments": sum(value.nbytes for value in Optimizer.tensors(trainer.optimizer).values()),
+    }
+    return metrics, arrays(load_model(folder).state_dict()), held
+
+
+def fsdp_load(ranks: Ranks, config: ModelConfig, folder: Path, again: Path) -> None:
+    """Read a checkpoint into a sharded model of other weights and write it again."""
+    trainer = new_fsdp_trainer(config, ranks, seed=2)
+    save_checkpoint(again, trainer, load_checkpoint(folder, trainer))
 
 
 def gradients(model: GlmMoeDsa, step: int) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.model import load_model
+from fullarc.train.checkpoint import Shards
 from fullarc.train.parallel import ALONE, RankFailed, launch
 from fullarc.train.parallel.owners import share_out
 
@@ -100,9 +102,38 @@ def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_row
     assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
 
 
-def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows):
-    told = launch(jobs.bad_loss, 2, config, make_rows())
-    assert told[0] == told[1] and "the loss of micro-batch 3 is NaN or infinite" in told[0]
+@pytest.mark.parametrize("size", SIZES)
+def test_fsdp_equals_one_process(config, make_rows, tmp_path, size):
+    """Metrics and weights to rounding, a share of everything on each rank, and a checkpoint like any other."""
+    rows = make_rows()
+    expected_metrics, expected, whole = jobs.fsdp(ALONE, config, rows, tmp_path / "alone")
+    results = launch(jobs.fsdp, size, config, rows, tmp_path / "sharded")
+    for metrics, weights, held in results:
+        for step, expected_step in zip(metrics, expected_metrics, strict=True):
+            assert step["count"] == expected_step["count"]
+            for name in step.keys() - {"seconds"}:
+                assert step[name] == pytest.approx(expected_step[name], rel=1e-4), name
+        for name, value in weights.items():
+            assert np.allclose(value, expected[name], atol=5e-5), name
+        assert held["weights"] == whole["weights"] / size
+        assert held["moments"] == pytest.approx(whole["moments"] / size, rel=0.02)
+    launch(jobs.fsdp_load, 2, config, tmp_path / "sharded", tmp_path / "again")
+    states = [
+        dict(Shards(sorted(folder.glob("trainer/optimizer*"))))
+        for folder in (tmp_path / "alone", tmp_path / "sharded", tmp_path / "again")
+    ]
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    for name, value in states[1].items():
+        assert torch.allclose(states[0][name], value, atol=5e-5), name
+        assert torch.equal(states[2][name], value), name
+    again = load_model(tmp_path / "again").state_dict()
+    assert all(np.array_equal(again[name].numpy(), value) for name, value in results[0][1].items())
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows, fsdp):
+    told = launch(jobs.bad_loss, 2, config, make_rows(), fsdp)
+    assert all("Step 0: the loss of micro-batch 3 is NaN or infinite" in message for message in told)
 
 
 @pytest.mark.parametrize(

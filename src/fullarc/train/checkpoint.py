@@ -49,14 +49,15 @@ def save_checkpoint(
     Raises:
         FullarcError: a weight is NaN or infinite; nothing is written.
     """
-    for name, weight in trainer.model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise FullarcError(f"{name} is not finite; the checkpoint {folder} was not written.")
+    ranks, model = trainer.ranks, trainer.whole_model()
+    weights = model.named_parameters() if ranks.first else ()
+    bad = [name for name, weight in weights if not torch.isfinite(weight).all()]
+    if bad := ranks.gather(bad)[0]:
+        raise FullarcError(f"{bad[0]} is not finite; the checkpoint {folder} was not written.")
     tensors, values = trainer.state()
-    ranks = trainer.ranks
     with atomic_dir(Path(folder)) if ranks.first else nullcontext() as temp:
         if temp is not None:
-            write_model(trainer.model, temp, tokenizer_dir)
+            write_model(model, temp, tokenizer_dir)
             (temp / "trainer").mkdir()
             state = {"trainer": values, "data": data_state}
             (temp / "trainer" / "state.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -106,8 +107,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
     verify_manifest(folder)
     weights = GlmMoeDsa(trainer.model.config)
     load_state(weights, folder)
-    with torch.no_grad():
-        trainer.model.load_state_dict(weights.state_dict())
+    trainer.load_weights(weights.state_dict())
     data_state = saved_data_state(folder)
     values = json.loads((folder / "trainer" / "state.json").read_text())["trainer"]
     trainer.load_state(Shards(sorted((folder / "trainer").glob("optimizer*.safetensors"))), values)

@@ -90,11 +90,12 @@ class Trainer:
         }
         if not self.parameters:
             raise ValueError("no parameter is trainable")
-        self.optimizer = (
-            Optimizer(self.parameters, settings, model.config)
-            if ranks.size == 1
-            else ShardedOptimizer(self.parameters, settings, model.config, ranks)
-        )
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> Optimizer:
+        if self.ranks.size == 1:
+            return Optimizer(self.parameters, self.settings, self.model.config)
+        return ShardedOptimizer(self.parameters, self.settings, self.model.config, self.ranks)
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
         """One update from all micro-batches; returns the step's metrics.
@@ -111,13 +112,13 @@ class Trainer:
         passes = self._passes([micro_batches[index] for index in mine], loss_fn)
         for index, (out, grads) in zip(mine, passes, strict=True):
             if not torch.isfinite(out.total):
-                sums.bad = index
-                break
+                sums.bad = index if sums.bad is None else sums.bad
+                continue  # a pass may be collective: the other ranks count on the rest
             for parameter, grad in zip(self.parameters.values(), grads, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             sums.add(out)
-        sums = sums.over(self.ranks, self.parameters.values())
+        sums = self._everywhere(sums)
         if sums.bad is not None:
             raise self._non_finite(f"the loss of micro-batch {sums.bad}")
         if sums.count <= 0:
@@ -156,10 +157,17 @@ class Trainer:
         grads = torch.autograd.grad(out.total, parameters, allow_unused=True)
         return replace(out, total=out.total.detach()), grads
 
+    def _everywhere(self, sums: StepSums) -> StepSums:
+        """The step's sums and gradients over all ranks."""
+        return sums.over(self.ranks, self.parameters.values())
+
+    def _norm(self, grads: Sequence[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(grads))
+
     def _normalise(self, count: float) -> float:
         """Divide the gradients by the step's count, clip, and return the norm before clipping."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / count
+        norm = self._norm(grads) / count
         if not norm < float("inf"):
             raise self._non_finite("the gradient")
         clip = self.settings.clip
@@ -179,6 +187,15 @@ class Trainer:
             f"Step {self.step_number}: {what} is NaN or infinite{first}. Nothing was updated.",
             "Resume from the last checkpoint with a lower learning rate, or look at this batch.",
         )
+
+    def whole_model(self) -> Any:
+        """The model with all of its weights, on the first rank at least; every rank must ask."""
+        return self.model
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights and buffers of a whole model."""
+        with torch.no_grad():
+            self.model.load_state_dict(state)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (of what this rank owns) and JSON values that, with the weights, continue training bit for bit."""

@@ -11,6 +11,7 @@ parameter depends on its own gradients only.
 from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from fullarc.train.optim import (
@@ -34,31 +35,36 @@ def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
     return owners
 
 
-def newton_schulz_cost(name: str, parameter: Tensor, heads: HeadShape, split: bool) -> float:
+def newton_schulz_cost(name: str, shape: tuple[int, ...], heads: HeadShape, split: bool) -> float:
     """Multiplications of one update: per block and step a Gram matrix, its square and one product, A <= B."""
-    blocks = [shape for _, shape in cut(name, parameter.data, heads, split)]
+    blocks = [block for _, block in cut(name, torch.empty(shape, device="meta"), heads, split)]
     flat = [(n, min(a, b), max(a, b)) for n, a, b in blocks]
     return sum(n * NS_STEPS * (2 * a * a * b + a * a * a) for n, a, b in flat)
 
 
-class ShardedOptimizer(Optimizer):
-    """`Optimizer` over the parameters that this rank owns; `step` also brings the others' new weights.
+def owners_of(
+    shapes: Mapping[str, tuple[int, ...]], settings: OptimSettings, heads: HeadShape, size: int
+) -> dict[str, int]:
+    """The owner of each parameter: matrices by what Newton-Schulz costs, the rest by number of elements."""
+    muon: dict[str, float] = {}
+    adamw: dict[str, float] = {}
+    for name, shape in shapes.items():
+        if settings.kind == "adamw" or uses_adamw(name, torch.empty(shape, device="meta")):
+            adamw[name] = prod(shape)
+        else:
+            muon[name] = newton_schulz_cost(name, shape, heads, settings.kind == "muon_split")
+    return share_out(muon, size) | share_out(adamw, size)
 
-    Matrices are shared out by what Newton-Schulz costs, the parameters of AdamW by their number of elements.
-    """
+
+class ShardedOptimizer(Optimizer):
+    """`Optimizer` over the parameters that this rank owns; `step` also brings the others' new weights."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, heads: HeadShape, ranks: Ranks
     ) -> None:
         self.everyone, self.ranks = dict(parameters), ranks
-        muon: dict[str, float] = {}
-        adamw: dict[str, float] = {}
-        for name, parameter in parameters.items():
-            if settings.kind == "adamw" or uses_adamw(name, parameter):
-                adamw[name] = prod(parameter.shape)
-            else:
-                muon[name] = newton_schulz_cost(name, parameter, heads, settings.kind == "muon_split")
-        self.owners = share_out(muon, ranks.size) | share_out(adamw, ranks.size)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.owners = owners_of(shapes, settings, heads, ranks.size)
         mine = {name: p for name, p in parameters.items() if self.owners[name] == ranks.rank}
         super().__init__(mine, settings, heads)
 

@@ -1,0 +1,242 @@
+"""Weights, gradients and optimizer state divided over ranks by rows: FSDP2 (GLM-5 section 2.4).
+
+Every decoder layer is a unit of `torch.distributed.fsdp.fully_shard`: gathered before it runs, freed after, its
+gradients summed and scattered. Embedding, output layer, final norm and MTP layer are one more unit that stays
+gathered for the length of a pass, because the chunked losses read `lm_head.weight` directly and the MTP layer runs
+several times.
+
+Muon needs whole matrices where FSDP keeps rows. Each matrix has one owner: the rows of its direction travel to the
+owner only, in one all-to-all, and the rows of the update travel back in another. Momentum stays with the rows.
+
+Invariant: equal to one process up to the order of sums. Micro-batches must divide evenly: a pass is collective.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from fullarc.config.errors import FullarcError
+from fullarc.model import GlmMoeDsa
+from fullarc.train.losses import LossSum
+from fullarc.train.optim import HeadShape, Optimizer, OptimSettings, add_orthogonal_
+from fullarc.train.parallel.owners import owners_of, parameter_of
+from fullarc.train.parallel.ranks import Ranks
+from fullarc.train.sums import StepSums
+from fullarc.train.trainer import LossFn, Trainer
+
+
+def shard_model(model: GlmMoeDsa, ranks: Ranks) -> None:
+    """Divide the model's weights over the ranks, in place; gradients will be sums over them, not means."""
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for unit in (*model.layers, model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    for method in ("trunk", "mtp"):
+        register_fsdp_forward_method(model, method)
+
+
+def rows_of(rank: int, size: int, rows: int) -> slice:
+    """The rows of a tensor that `rank` holds: runs of ceil(rows / size), the last ones shorter or empty."""
+    run = -(-rows // size)
+    return slice(min(rank * run, rows), min((rank + 1) * run, rows))
+
+
+class Exchange:
+    """Moves named tensors between "everyone has some rows" and "the owner has it all".
+
+    Args:
+        shapes: whole shape of each tensor.
+        owners: its owner.
+    """
+
+    def __init__(
+        self, ranks: Ranks, shapes: Mapping[str, tuple[int, ...]], owners: Mapping[str, int]
+    ) -> None:
+        self.ranks, self.shapes, self.owners = ranks, shapes, owners
+
+    def to_owners(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's tensors, whole, from every rank's rows."""
+        names = sorted(shards)
+        outgoing = [[shards[n] for n in names if self.owners[n] == rank] for rank in self._all]
+        mine = [name for name in names if self.owners[name] == self.ranks.rank]
+        incoming = _all_to_all(outgoing, [[self._part(name, rank) for name in mine] for rank in self._all])
+        return {name: torch.cat(parts) for name, *parts in zip(mine, *incoming, strict=True)}
+
+    def from_owners(self, whole: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """This rank's rows of the tensors `names`, from their owners."""
+        names = sorted(names)
+        outgoing = [[whole[name][self._rows(name, rank)] for name in sorted(whole)] for rank in self._all]
+        theirs = [[name for name in names if self.owners[name] == rank] for rank in self._all]
+        shapes = [[self._part(name, self.ranks.rank) for name in group] for group in theirs]
+        incoming = _all_to_all(outgoing, shapes)
+        return {
+            n: t
+            for group, parts in zip(theirs, incoming, strict=True)
+            for n, t in zip(group, parts, strict=True)
+        }
+
+    @property
+    def _all(self) -> range:
+        return range(self.ranks.size)
+
+    def _rows(self, name: str, rank: int) -> slice:
+        return rows_of(rank, self.ranks.size, self.shapes[name][0])
+
+    def _part(self, name: str, rank: int) -> tuple[int, ...]:
+        rows = self._rows(name, rank)
+        return (rows.stop - rows.start, *self.shapes[name][1:])
+
+
+def _all_to_all(
+    outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
+) -> list[list[Tensor]]:
+    """Send the tensors `outgoing[r]` to rank r; returns the tensors from each rank, whose `shapes` are known."""
+    sent = [torch.cat([torch.zeros(0), *(tensor.flatten() for tensor in group)]) for group in outgoing]
+    sizes = [[prod(shape) for shape in group] for group in shapes]
+    received = torch.empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(
+        received, torch.cat(sent), [sum(group) for group in sizes], [len(part) for part in sent]
+    )
+    runs = received.split([sum(group) for group in sizes])
+    return [
+        [part.view(shape) for part, shape in zip(run.split(group), kinds, strict=True)] if group else []
+        for run, group, kinds in zip(runs, sizes, shapes, strict=True)
+    ]
+
+
+class FsdpOptimizer(Optimizer):
+    """`Optimizer` over this rank's rows of every parameter.
+
+    Args:
+        parameters: the rows, named; `shapes` says how many there are in all.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        shapes: Mapping[str, tuple[int, ...]],
+        settings: OptimSettings,
+        heads: HeadShape,
+        ranks: Ranks,
+    ) -> None:
+        self.ranks, self.shapes = ranks, shapes
+        self.exchange = Exchange(ranks, shapes, owners_of(shapes, settings, heads, ranks.size))
+        super().__init__(parameters, settings, heads)
+
+    def _muon(self, lr: float) -> None:
+        weights = [self.parameters[name].data for name in self._muon_names]
+        directions = self.exchange.to_owners(self._directions())
+        updates = {name: torch.zeros_like(direction) for name, direction in directions.items()}
+        add_orthogonal_(updates, directions, self.heads, self.settings.kind == "muon_split", lr)
+        rows = self.exchange.from_owners(updates, self._muon_names)
+        torch._foreach_mul_(weights, 1 - lr * self.settings.weight_decay)
+        torch._foreach_add_(weights, [rows[name] for name in self._muon_names])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank owns of the state, each tensor whole; every rank must ask."""
+        state = super().tensors()
+        out: dict[str, Tensor] = {}
+        for kind in ("momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq."):
+            shards = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
+            out |= {kind + name: value for name, value in self.exchange.to_owners(shards).items()}
+        own = (key for key in state if self.exchange.owners[parameter_of(key)] == self.ranks.rank)
+        return {key: out.get(key, state[key]) for key in own}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's rows of the whole state."""
+        rank, size = self.ranks.rank, self.ranks.size
+        whole = ((key, tensors[key]) for key in tensors)
+        super().load_tensors({k: v[rows_of(rank, size, len(v))].clone() if v.ndim else v for k, v in whole})
+
+
+class FsdpTrainer(Trainer):
+    """`Trainer` whose model is divided over the ranks by `shard_model`, one micro-batch at a time.
+
+    `parameters` are this rank's rows as plain tensors that share memory with the model's; see `Trainer` for the
+    arguments.
+    """
+
+    def __init__(
+        self,
+        model: GlmMoeDsa,
+        settings: OptimSettings,
+        lr: Callable[[int], float],
+        trainable: Callable[[str], bool],
+        router_bias_rate: float,
+        ranks: Ranks,
+    ) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable(name))
+        shard_model(model, ranks)
+        super().__init__(model, settings, lr, trainable, router_bias_rate, ranks=ranks)
+
+    def _optimizer(self) -> Optimizer:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        self._sharded = self.parameters
+        self.parameters = {name: nn.Parameter(_rows(p)) for name, p in self._sharded.items()}
+        return FsdpOptimizer(self.parameters, shapes, self.settings, self.model.config, self.ranks)
+
+    def _passes(
+        self, micro_batches: Sequence[Any], loss_fn: LossFn
+    ) -> Iterator[tuple[LossSum, Sequence[Tensor | None]]]:
+        shares = self.ranks.gather(len(micro_batches))
+        if len(set(shares)) > 1:
+            raise FullarcError(
+                f"{sum(shares)} micro-batches do not divide evenly over {self.ranks.size} ranks.",
+                "Choose micro_batch_rows so that every step has a multiple of the ranks.",
+            )
+        for parameter in self._sharded.values():
+            parameter.grad = None
+        yield from super()._passes(micro_batches, loss_fn)
+
+    def _pass(self, loss_fn: LossFn, batch: Any) -> tuple[LossSum, Sequence[Tensor | None]]:
+        out = loss_fn(self.model, batch)
+        out.total.backward()  # whatever the loss is: the other ranks take part
+        return out, [None] * len(self.parameters)
+
+    def _everywhere(self, sums: StepSums) -> StepSums:
+        for name, parameter in self._sharded.items():
+            self.parameters[name].grad = None if parameter.grad is None else _rows(parameter.grad)
+            parameter.grad = None
+        return sums.over(self.ranks, ())
+
+    def _norm(self, grads: Sequence[Tensor]) -> float:
+        square = super()._norm(grads) ** 2
+        return sum(self.ranks.gather(square)) ** 0.5
+
+    def whole_model(self) -> GlmMoeDsa:
+        """The model with all of its weights on the first rank, an empty one on the others."""
+        with torch.device("meta"):
+            whole = GlmMoeDsa(self.model.config)
+        state = (
+            (name, v.full_tensor() if isinstance(v, DTensor) else v)
+            for name, v in self.model.state_dict().items()
+        )
+        kept = {name: value for name, value in state if self.ranks.first}
+        if self.ranks.first:
+            whole.load_state_dict(kept, assign=True)
+        return whole
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's rows of a whole model's weights, and its buffers."""
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, DTensor):
+                _rows(value).copy_(state[name][rows_of(self.ranks.rank, self.ranks.size, len(state[name]))])
+            else:
+                value.copy_(state[name])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; shares its memory."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()
