@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
@@ -25,6 +26,7 @@ from fullarc.train import (
     trained,
 )
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
+from fullarc.train.parallel.experts import ParallelExperts, divide_experts
 from fullarc.train.parallel.fsdp import FsdpTrainer
 
 Weights = dict[str, np.ndarray]
@@ -174,3 +176,41 @@ def phase(ranks: Ranks, rows: Path, out: Path, stop_at: int = 0) -> dict[str, fl
             raise FullarcError("Enough.")
 
     return run_phase(tiny_phase(rows, steps=5), tiny, out, log=log, ranks=ranks)
+
+
+def inputs(config: ModelConfig, rank: int) -> tuple[Tensor, Tensor]:
+    """Hidden states of a rank and the gradient that comes back, more of both on higher ranks."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = (2, 8 * (rank + 1), config.hidden_size)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def moe_layer(ranks: Ranks, config: ModelConfig, favourite: int) -> tuple[np.ndarray, np.ndarray, Weights]:
+    """Output, input gradient and weight gradients of one layer; `favourite` is an expert that all tokens choose."""
+    torch.set_num_threads(1)
+    moe = GlmMoeDsa(config).init_weights(1).layers[-1].mlp
+    if favourite >= 0:
+        moe.gate.e_score_correction_bias[favourite] = 10.0
+        moe.gate.e_score_correction_bias[: config.num_experts_per_tok - 1] = 10.0
+    if ranks.size > 1:
+        moe.experts = ParallelExperts(moe.experts, ranks)
+    x_BTD, grad_BTD = inputs(config, ranks.rank)
+    x_BTD.requires_grad_()
+    y_BTD, _ = moe(x_BTD, None)
+    y_BTD.backward(grad_BTD)
+    grads = {name: parameter.grad for name, parameter in moe.named_parameters()}
+    return y_BTD.detach().numpy(), x_BTD.grad.numpy(), arrays(grads)
+
+
+def expert_parallel(ranks: Ranks, config: ModelConfig, rows: Path) -> tuple[float, Weights]:
+    """Loss of the whole model on this rank's share of four rows, and gradients: experts' as they are, others summed."""
+    torch.set_num_threads(1)
+    model = GlmMoeDsa(config).init_weights(1)
+    if ranks.size > 1:
+        divide_experts(model, ranks)
+    batch, run = batches(rows)[0], 4 // ranks.size
+    out = LmLoss(mtp_steps=2)(model, batch.rows(ranks.rank * run, (ranks.rank + 1) * run))
+    out.total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ranks.sum_([grad for name, grad in grads.items() if ".experts." not in name])
+    return float(out.total.detach()), arrays(grads)
