@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,7 @@ from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, sa
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
 from fullarc.train.parallel.ranks import ALONE, Ranks
+from fullarc.train.parallel.stage import in_processes
 from fullarc.train.rows import Rows
 from fullarc.train.schedule import schedule
 from fullarc.train.trainer import LossFn, Trainer, trained
@@ -43,6 +45,7 @@ class Phase:
         trainable: which parameter names move.
         save_every, log_every: in steps.
         workers: forward passes computed at once.
+        parallel: what several processes divide beside the batch: optimizer state, or weights and gradients too.
         seed: seed of the order of the rows.
     """
 
@@ -60,6 +63,7 @@ class Phase:
     seed: int = 0
     held: int = 0
     workers: int = 1
+    parallel: Literal["zero1", "fsdp2"] = "zero1"
 
 
 def run_phase(
@@ -92,9 +96,7 @@ def run_phase(
         return dict(saved_data_state(out)["metrics"])
     model = start()
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
-    trainer = Trainer(
-        model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate, phase.workers, ranks
-    )
+    trainer = _trainer(phase, model, ranks)
     metrics: dict[str, float] = {}
     newest = saved.latest()
     if newest is not None:
@@ -115,6 +117,15 @@ def run_phase(
     if ranks.first:
         saved.clear()
     return metrics
+
+
+def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
+    common = model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate
+    if phase.parallel == "fsdp2" and ranks.size > 1:
+        from fullarc.train.parallel.fsdp import FsdpTrainer
+
+        return FsdpTrainer(*common, ranks)
+    return Trainer(*common, phase.workers, ranks)
 
 
 def _silent(*_: object, **__: object) -> None:
@@ -148,7 +159,8 @@ class Window:
 # --- stages ------------------------------------------------------------------------------------------
 
 
-def run_pretrain(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_pretrain(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """A new model on concatenated short rows, dense attention."""
     tokenizer = Tokenizer.load(_tokenizer_dir(ctx))
     ids = {"eos_token_id": tuple(tokenizer.stop_ids), "pad_token_id": tokenizer.id("<|endoftext|>")}
@@ -159,23 +171,26 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
             "Raise model.vocab_size or train the tokenizer again.",
         )
     induction = ctx.stage.induction
-    return _run_stage(ctx, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init"), induction))
+    return _run_stage(ctx, ranks, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init"), induction))
 
 
-def run_midtrain(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_midtrain(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """The same model on longer, isolated rows; `rope_theta` may grow with the length."""
     theta = getattr(ctx.stage, "rope_theta", 0.0)
     if not theta:
-        return _run_stage(ctx, lambda: load_model(_model_in(ctx)))
-    return _run_stage(ctx, lambda: load_model(_model_in(ctx), rope_theta=theta))
+        return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx)))
+    return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx), rope_theta=theta))
 
 
-def run_sft(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_sft(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """Conversations; the loss mask in the rows says which tokens are the assistant's."""
-    return _run_stage(ctx, lambda: load_model(_model_in(ctx)))
+    return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx)))
 
 
-def run_dsa(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_dsa(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """From dense to sparse attention: warm-up of the indexer alone, then adaptation of everything (2.1.1).
 
     `out/warmup` keeps the warmed-up model, which is the paper's "warm-up only" variant. The returned loss_*
@@ -204,6 +219,7 @@ def run_dsa(ctx: StageContext) -> dict[str, float]:
         log=lambda step, **metrics: ctx.log(step, total=total, **metrics),
         tokenizer_dir=_tokenizer_dir(ctx),
         event=ctx.event,
+        ranks=ranks,
     )
     result |= _dense_against_sparse(ctx, settings, load_model(folder), "warmup")
     ctx.event("phase", stage=ctx.name, phase="sparse", steps=settings.steps)
@@ -214,6 +230,7 @@ def run_dsa(ctx: StageContext) -> dict[str, float]:
         log=lambda step, **metrics: ctx.log(step + warm.steps, total=total, **metrics),
         tokenizer_dir=_tokenizer_dir(ctx),
         event=ctx.event,
+        ranks=ranks,
     )
     return result | _dense_against_sparse(ctx, settings, load_model(ctx.checkpoint), "end")
 
@@ -233,7 +250,7 @@ def _dense_against_sparse(ctx: StageContext, phase: Phase, model: GlmMoeDsa, whe
     return result
 
 
-def _run_stage(ctx: StageContext, start: Callable[[], GlmMoeDsa]) -> dict[str, float]:
+def _run_stage(ctx: StageContext, ranks: Ranks, start: Callable[[], GlmMoeDsa]) -> dict[str, float]:
     phase = _phase(ctx, ctx.stage.steps, ctx.model_in)
     return run_phase(
         phase,
@@ -242,6 +259,7 @@ def _run_stage(ctx: StageContext, start: Callable[[], GlmMoeDsa]) -> dict[str, f
         tokenizer_dir=_tokenizer_dir(ctx),
         log=lambda step, **metrics: ctx.log(step, total=phase.steps, **metrics),
         event=ctx.event,
+        ranks=ranks,
     )
 
 
@@ -274,7 +292,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         steps=steps,
         rows=rows,
         batch_rows=stage.batch_rows,
-        micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // 2),
+        micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // max(2, stage.processes)),
         optim=OptimSettings(
             kind=stage.optimizer,
             weight_decay=stage.weight_decay,
@@ -292,6 +310,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         seed=derive(ctx.seed, ctx.name),
         held=HELD_ROWS if isinstance(stage, DSA) else 0,
         workers=stage.threads or ctx.recipe.threads,
+        parallel=stage.parallel,
     )
 
 

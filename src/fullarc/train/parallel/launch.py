@@ -37,12 +37,19 @@ class RankFailed(FullarcError):
     exit_code = 1
 
 
-def launch(job: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+def launch(
+    job: Callable[..., Any],
+    size: int,
+    *arguments: Any,
+    hear: Callable[..., None] = lambda *_, **__: None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
     """Call `job(ranks, *arguments)` in `size` new processes; returns what each returned, by rank.
 
     Args:
         job: a function of a module, so that a new process can import it; arguments and results are copied, and a
             result must not hold tensors (numpy arrays can).
+        hear: called here with what any rank hands to `ranks.tell`.
         timeout_s: bound of every collective.
 
     Raises:
@@ -56,13 +63,13 @@ def launch(job: Callable[..., Any], size: int, *arguments: Any, timeout_s: float
         try:
             for rank in range(size):
                 ours, theirs = context.Pipe(duplex=False)
-                entry = partial(_rank, theirs, job, Ranks(rank, size), Path(folder) / "store", timeout_s)
+                entry = partial(_rank, theirs, job, rank, size, Path(folder) / "store", timeout_s)
                 process = context.Process(target=entry, args=arguments, name=f"rank-{rank}", daemon=True)
                 process.start()
                 theirs.close()  # or the end of the process would not end the pipe
                 processes.append(process)
                 pipes.append(ours)
-            return _results(pipes)
+            return _results(pipes, hear)
         finally:
             for process in processes:
                 process.kill()
@@ -71,33 +78,36 @@ def launch(job: Callable[..., Any], size: int, *arguments: Any, timeout_s: float
                 pipe.close()
 
 
-def _results(pipes: Sequence[Connection]) -> list[Any]:
-    """One result of each rank, or the earliest error of any."""
+def _results(pipes: Sequence[Connection], hear: Callable[..., None]) -> list[Any]:
+    """One result of each rank, or the earliest error of any; passes on what they tell until then."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results])
         failures: list[tuple[float, FullarcError]] = []
         for rank, pipe in enumerate(pipes):
-            if pipe in ready:
-                when, error, results[rank] = _end_of(pipe, rank, len(pipes))
-                failures += [(when, error)] if error else []
+            if pipe not in ready:
+                continue
+            try:
+                kind, *content = pipe.recv()
+            except EOFError:  # the others fail only because of it, whenever that was
+                kind, content = "failed", [0.0, RankFailed(f"Rank {rank} of {len(pipes)} was killed.")]
+            if kind == "told":
+                values, named = content
+                hear(*values, **named)
+            elif kind == "failed":
+                failures.append((content[0], content[1]))
+            else:
+                results[rank] = content[0]
         if failures:
             raise min(failures, key=lambda failure: failure[0])[1]
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _end_of(pipe: Connection, rank: int, size: int) -> tuple[float, FullarcError | None, Any]:
-    """When and how a rank ended. One that says nothing was killed, and the others fail only because of it."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        return 0.0, RankFailed(f"Rank {rank} of {size} was killed."), None
-
-
 def _rank(
     pipe: Connection,
     job: Callable[..., Any],
-    ranks: Ranks,
+    rank: int,
+    size: int,
     store: Path,
     timeout_s: float,
     *arguments: Any,
@@ -109,25 +119,26 @@ def _rank(
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     torch.set_num_threads(1)
-    error: FullarcError | None = None
-    result = None
+    ranks = Ranks(rank, size, lambda *values, **named: pipe.send(("told", values, named)))
+    error: FullarcError
     try:
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",
-            rank=ranks.rank,
-            world_size=ranks.size,
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout_s),
         )
         result = job(ranks, *arguments)
         ranks.barrier()  # nobody hangs up while another still talks
         dist.destroy_process_group()
+        return pipe.send(("done", result))
     except FullarcError as raised:
         error = raised
     except Exception as raised:  # noqa: BLE001  (becomes the launch's error)
         traceback.print_exc(file=sys.stderr)
-        error = RankFailed(f"Rank {ranks.rank} of {ranks.size} failed: {type(raised).__name__}: {raised}.")
-    pipe.send((time.monotonic(), error, result))
+        error = RankFailed(f"Rank {rank} of {size} failed: {type(raised).__name__}: {raised}.")
+    pipe.send(("failed", time.monotonic(), error))
 
 
 def _end_with_parent() -> None:

@@ -6,8 +6,8 @@ With one rank every method is the identity and torch.distributed is not touched.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def _silent(*_: Any, **__: Any) -> None:
+    """Nobody listens."""
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size` that train one model together, over the default process group."""
+    """This process among `size` that train one model together, over the default process group.
+
+    Attributes:
+        tell: `tell(*values, **named)` hands a message to whoever launched the ranks.
+    """
 
     rank: int = 0
     size: int = 1
+    tell: Callable[..., None] = field(default=_silent, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
