@@ -26,7 +26,7 @@ from fullarc.train import (
     trained,
 )
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
-from fullarc.train.parallel.experts import ParallelExperts, divide_experts
+from fullarc.train.parallel.experts import ParallelExperts, divide_experts, divided_experts
 from fullarc.train.parallel.fsdp import FsdpTrainer
 
 Weights = dict[str, np.ndarray]
@@ -45,10 +45,10 @@ def new_trainer(config: ModelConfig, ranks: Ranks = ALONE, kind: str = "muon_spl
     return Trainer(model, OptimSettings(kind=kind), lambda _: 0.01, chosen, 1e-3, ranks=ranks)
 
 
-def new_fsdp_trainer(config: ModelConfig, ranks: Ranks, seed: int = 1) -> FsdpTrainer:
+def new_fsdp_trainer(config: ModelConfig, ranks: Ranks, seed: int = 1, experts: bool = False) -> FsdpTrainer:
     model = GlmMoeDsa(config).init_weights(seed)
     chosen = trained(indexer=False, mtp=True)
-    return FsdpTrainer(model, OptimSettings(), lambda _: 0.01, chosen, 1e-3, ranks)
+    return FsdpTrainer(model, OptimSettings(), lambda _: 0.01, chosen, 1e-3, ranks, experts)
 
 
 def batches(rows: Path) -> list[Batch]:
@@ -109,11 +109,12 @@ def wait_for_ever(ranks: Ranks, folder: Path) -> None:
 
 
 def fsdp(
-    ranks: Ranks, config: ModelConfig, rows: Path, folder: Path
+    ranks: Ranks, config: ModelConfig, rows: Path, folder: Path, experts: bool = False
 ) -> tuple[list[dict[str, float]], Weights, dict[str, int]]:
     """Steps of eight micro-batches on a sharded model, then a checkpoint: metrics, weights, bytes held."""
     torch.set_num_threads(1)
-    trainer = new_trainer(config) if ranks.size == 1 else new_fsdp_trainer(config, ranks)
+    trainer = new_trainer(config) if ranks.size == 1 else new_fsdp_trainer(config, ranks, experts=experts)
+    assert bool(divided_experts(trainer.model)) == experts
     steps = [[*batch.split(1), *batch.split(1)[:2]] for batch in batches(rows)]
     metrics = [trainer.step(micro, LOSS) for micro in steps]
     save_checkpoint(folder, trainer, {"place": 7})
@@ -124,9 +125,9 @@ def fsdp(
     return metrics, arrays(load_model(folder).state_dict()), held
 
 
-def fsdp_load(ranks: Ranks, config: ModelConfig, folder: Path, again: Path) -> None:
+def fsdp_load(ranks: Ranks, config: ModelConfig, folder: Path, again: Path, experts: bool) -> None:
     """Read a checkpoint into a sharded model of other weights and write it again."""
-    trainer = new_fsdp_trainer(config, ranks, seed=2)
+    trainer = new_fsdp_trainer(config, ranks, seed=2, experts=experts)
     save_checkpoint(again, trainer, load_checkpoint(folder, trainer))
 
 

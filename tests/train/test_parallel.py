@@ -49,7 +49,7 @@ def test_training_equals_one_process(config, make_rows, size):
                 assert np.array_equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["muon_split", "adamw"])
+@pytest.mark.parametrize("kind", ["muon_split", pytest.param("adamw", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_sharded_optimizer_makes_the_same_bits_with_a_share_of_the_state(config, size, kind):
     """Every rank ends with the weights of the whole optimizer; its state is divided without overlap."""
@@ -74,6 +74,7 @@ def test_owners_are_balanced():
     assert share_out(costs, 1) == dict.fromkeys(costs, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_read_by_any_number(config, make_rows, tmp_path):
     """Weights and moments bit for bit, and none twice; no file but safetensors and JSON."""
     saved = launch(jobs.save, 2, config, make_rows(), tmp_path / "saved")
@@ -89,6 +90,7 @@ def test_a_checkpoint_of_two_ranks_is_read_by_any_number(config, make_rows, tmp_
             assert all(np.array_equal(value, moments[name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_rows, tmp_path):
     rows = make_rows()
     expected = jobs.phase(ALONE, rows, tmp_path / "alone")
@@ -102,12 +104,18 @@ def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_row
     assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_fsdp_equals_one_process(config, make_rows, tmp_path, size):
+@pytest.mark.parametrize(
+    "size, experts",
+    [
+        (2, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (4, False), (4, True))),
+    ],
+)
+def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
     """Metrics and weights to rounding, a share of everything on each rank, and a checkpoint like any other."""
     rows = make_rows()
     expected_metrics, expected, whole = jobs.fsdp(ALONE, config, rows, tmp_path / "alone")
-    results = launch(jobs.fsdp, size, config, rows, tmp_path / "sharded")
+    results = launch(jobs.fsdp, size, config, rows, tmp_path / "sharded", experts)
     for metrics, weights, held in results:
         for step, expected_step in zip(metrics, expected_metrics, strict=True):
             assert step["count"] == expected_step["count"]
@@ -117,7 +125,7 @@ def test_fsdp_equals_one_process(config, make_rows, tmp_path, size):
             assert np.allclose(value, expected[name], atol=5e-5), name
         assert held["weights"] == whole["weights"] / size
         assert held["moments"] == pytest.approx(whole["moments"] / size, rel=0.02)
-    launch(jobs.fsdp_load, 2, config, tmp_path / "sharded", tmp_path / "again")
+    launch(jobs.fsdp_load, 2, config, tmp_path / "sharded", tmp_path / "again", experts)
     states = [
         dict(Shards(sorted(folder.glob("trainer/optimizer*"))))
         for folder in (tmp_path / "alone", tmp_path / "sharded", tmp_path / "again")
@@ -151,6 +159,7 @@ def test_the_first_failure_is_the_error_and_ends_all(how, error, message):
     assert not ranks_of(psutil.Process())
 
 
+@pytest.mark.slow
 def test_ranks_end_with_their_parent(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

@@ -16,7 +16,7 @@ import rank_jobs as jobs
 SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("favourite", [-1, 3])
+@pytest.mark.parametrize("favourite", [-1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_layer_is_the_local_one(config, size, favourite):
     """Outputs and input gradients to the bit, weight gradients to rounding; also when ranks get no token at all."""

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
 
+Parallel = Literal["zero1", "fsdp2", "fsdp2+ep"]
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors."""
@@ -58,8 +60,10 @@ class LMStage(Settings):
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int = Field(0, ge=0, description="Forward passes computed at once; 0 = the recipe's threads.")
     processes: int = Field(1, ge=1, description="Processes that share each step's micro-batches.")
-    parallel: Literal["zero1", "fsdp2"] = Field(
-        "zero1", description="What they divide too: the optimizer's state, or also weights and gradients."
+    parallel: Parallel = Field(
+        "zero1",
+        description="What they divide too: the optimizer's state (zero1), also weights and gradients (fsdp2), or "
+        "these and, instead of gathering experts, tokens go to them (fsdp2+ep).",
     )
 
     @property

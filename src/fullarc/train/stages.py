@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -19,7 +18,7 @@ from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
-from fullarc.config.stages import DSA, LMStage
+from fullarc.config.stages import DSA, LMStage, Parallel
 from fullarc.model import GlmMoeDsa, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
@@ -63,7 +62,7 @@ class Phase:
     seed: int = 0
     held: int = 0
     workers: int = 1
-    parallel: Literal["zero1", "fsdp2"] = "zero1"
+    parallel: Parallel = "zero1"
 
 
 def run_phase(
@@ -121,10 +120,10 @@ def run_phase(
 
 def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
     common = model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate
-    if phase.parallel == "fsdp2" and ranks.size > 1:
+    if phase.parallel != "zero1" and ranks.size > 1:
         from fullarc.train.parallel.fsdp import FsdpTrainer
 
-        return FsdpTrainer(*common, ranks)
+        return FsdpTrainer(*common, ranks, expert_parallel=phase.parallel == "fsdp2+ep")
     return Trainer(*common, phase.workers, ranks)
 
 

@@ -82,3 +82,9 @@ def divide_experts(model: GlmMoeDsa, ranks: Ranks) -> None:
     for module in list(model.modules()):
         if isinstance(module, MoE):
             module.experts = ParallelExperts(module.experts, ranks)
+
+
+def divided_experts(model: GlmMoeDsa) -> frozenset[str]:
+    """Names of the parameters of which this rank has only its experts."""
+    found = {name for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+    return frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[0] in found)

@@ -7,11 +7,12 @@ several times.
 
 Muon needs whole matrices where FSDP keeps rows. Each matrix has one owner: the rows of its direction travel to the
 owner only, in one all-to-all, and the rows of the update travel back in another. Momentum stays with the rows.
+With expert parallelism the rows of the experts' weights are whole experts: they never travel, tokens do.
 
 Invariant: equal to one process up to the order of sums. Micro-batches must divide evenly: a pass is collective.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.model import GlmMoeDsa
 from fullarc.train.losses import LossSum
 from fullarc.train.optim import HeadShape, Optimizer, OptimSettings, add_orthogonal_
+from fullarc.train.parallel.experts import divide_experts, divided_experts
 from fullarc.train.parallel.owners import owners_of, parameter_of
 from fullarc.train.parallel.ranks import Ranks
 from fullarc.train.sums import StepSums
@@ -33,10 +35,14 @@ from fullarc.train.trainer import LossFn, Trainer
 
 
 def shard_model(model: GlmMoeDsa, ranks: Ranks) -> None:
-    """Divide the model's weights over the ranks, in place; gradients will be sums over them, not means."""
+    """Divide the model's weights over the ranks, in place; gradients will be sums over them, not means.
+
+    Experts that are divided already (`divide_experts`) stay where they are.
+    """
     mesh = init_device_mesh("cpu", (ranks.size,))
+    experts = {p for name, p in model.named_parameters() if name in divided_experts(model)}
     for unit in (*model.layers, model):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model, ignored_params=experts)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -117,7 +123,9 @@ class FsdpOptimizer(Optimizer):
     """`Optimizer` over this rank's rows of every parameter.
 
     Args:
-        parameters: the rows, named; `shapes` says how many there are in all.
+        parameters: the rows, named.
+        shapes: whole shape of each.
+        local: parameters whose rows are whole matrices (experts); they are orthogonalised where they are.
     """
 
     def __init__(
@@ -127,19 +135,25 @@ class FsdpOptimizer(Optimizer):
         settings: OptimSettings,
         heads: HeadShape,
         ranks: Ranks,
+        local: Collection[str] = (),
     ) -> None:
-        self.ranks, self.shapes = ranks, shapes
+        self.ranks, self.local = ranks, local
         self.exchange = Exchange(ranks, shapes, owners_of(shapes, settings, heads, ranks.size))
         super().__init__(parameters, settings, heads)
 
     def _muon(self, lr: float) -> None:
-        weights = [self.parameters[name].data for name in self._muon_names]
-        directions = self.exchange.to_owners(self._directions())
-        updates = {name: torch.zeros_like(direction) for name, direction in directions.items()}
-        add_orthogonal_(updates, directions, self.heads, self.settings.kind == "muon_split", lr)
-        rows = self.exchange.from_owners(updates, self._muon_names)
-        torch._foreach_mul_(weights, 1 - lr * self.settings.weight_decay)
-        torch._foreach_add_(weights, [rows[name] for name in self._muon_names])
+        split, directions = self.settings.kind == "muon_split", self._directions()
+        weights = {name: self.parameters[name].data for name in self._muon_names}
+        torch._foreach_mul_(list(weights.values()), 1 - lr * self.settings.weight_decay)
+
+        here = [name for name in self._muon_names if name in self.local]
+        add_orthogonal_({name: weights[name] for name in here}, directions, self.heads, split, lr)
+        apart = [name for name in self._muon_names if name not in self.local]
+        whole = self.exchange.to_owners({name: directions[name] for name in apart})
+        updates = {name: torch.zeros_like(direction) for name, direction in whole.items()}
+        add_orthogonal_(updates, whole, self.heads, split, lr)
+        rows = self.exchange.from_owners(updates, apart)
+        torch._foreach_add_([weights[name] for name in apart], [rows[name] for name in apart])
 
     def tensors(self) -> dict[str, Tensor]:
         """What this rank owns of the state, each tensor whole; every rank must ask."""
@@ -162,7 +176,7 @@ class FsdpTrainer(Trainer):
     """`Trainer` whose model is divided over the ranks by `shard_model`, one micro-batch at a time.
 
     `parameters` are this rank's rows as plain tensors that share memory with the model's; see `Trainer` for the
-    arguments.
+    arguments. With `expert_parallel` the experts are not gathered for a pass: tokens travel to them.
     """
 
     def __init__(
@@ -173,17 +187,24 @@ class FsdpTrainer(Trainer):
         trainable: Callable[[str], bool],
         router_bias_rate: float,
         ranks: Ranks,
+        expert_parallel: bool = False,
     ) -> None:
+        if expert_parallel:
+            divide_experts(model, ranks)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
+        self._experts = divided_experts(model)
         shard_model(model, ranks)
         super().__init__(model, settings, lr, trainable, router_bias_rate, ranks=ranks)
 
     def _optimizer(self) -> Optimizer:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        for name in shapes.keys() & self._experts:
+            shapes[name] = (shapes[name][0] * self.ranks.size, *shapes[name][1:])
         self._sharded = self.parameters
         self.parameters = {name: nn.Parameter(_rows(p)) for name, p in self._sharded.items()}
-        return FsdpOptimizer(self.parameters, shapes, self.settings, self.model.config, self.ranks)
+        heads = self.model.config
+        return FsdpOptimizer(self.parameters, shapes, self.settings, heads, self.ranks, self._experts)
 
     def _passes(
         self, micro_batches: Sequence[Any], loss_fn: LossFn
@@ -217,26 +238,34 @@ class FsdpTrainer(Trainer):
         """The model with all of its weights on the first rank, an empty one on the others."""
         with torch.device("meta"):
             whole = GlmMoeDsa(self.model.config)
-        state = (
-            (name, v.full_tensor() if isinstance(v, DTensor) else v)
-            for name, v in self.model.state_dict().items()
-        )
-        kept = {name: value for name, value in state if self.ranks.first}
+        state: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            full = self._full(name, value)
+            if self.ranks.first:
+                state[name] = full
         if self.ranks.first:
-            whole.load_state_dict(kept, assign=True)
+            whole.load_state_dict(state, assign=True)
         return whole
+
+    def _full(self, name: str, value: Tensor) -> Tensor:
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+        if name not in self._experts:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.ranks.size)]
+        dist.all_gather(parts, value)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's rows of a whole model's weights, and its buffers."""
         for name, value in self.model.state_dict().items():
-            if isinstance(value, DTensor):
+            if isinstance(value, DTensor) or name in self._experts:
                 _rows(value).copy_(state[name][rows_of(self.ranks.rank, self.ranks.size, len(state[name]))])
             else:
                 value.copy_(state[name])
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor; shares its memory."""
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local().detach()
+    """This rank's rows of a tensor that is divided; shares its memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
