@@ -26,6 +26,7 @@ from fullarc.train import (
     trained,
 )
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
+from fullarc.train.parallel.exchange import Exchange
 from fullarc.train.parallel.experts import ParallelExperts, divide_experts, divided_experts
 from fullarc.train.parallel.fsdp import FsdpTrainer
 
@@ -111,11 +112,11 @@ def wait_for_ever(ranks: Ranks, folder: Path) -> None:
 def fsdp(
     ranks: Ranks, config: ModelConfig, rows: Path, folder: Path, experts: bool = False
 ) -> tuple[list[dict[str, float]], Weights, dict[str, int]]:
-    """Steps of eight micro-batches on a sharded model, then a checkpoint: metrics, weights, bytes held."""
+    """Steps of twelve micro-batches on a sharded model, then a checkpoint: metrics, weights, bytes held."""
     torch.set_num_threads(1)
     trainer = new_trainer(config) if ranks.size == 1 else new_fsdp_trainer(config, ranks, experts=experts)
     assert bool(divided_experts(trainer.model)) == experts
-    steps = [[*batch.split(1), *batch.split(1)[:2]] for batch in batches(rows)]
+    steps = [2 * batch.split(1) for batch in batches(rows)]
     metrics = [trainer.step(micro, LOSS) for micro in steps]
     save_checkpoint(folder, trainer, {"place": 7})
     held = {
@@ -215,3 +216,19 @@ def expert_parallel(ranks: Ranks, config: ModelConfig, rows: Path) -> tuple[floa
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     ranks.sum_([grad for name, grad in grads.items() if ".experts." not in name])
     return float(out.total.detach()), arrays(grads)
+
+
+def exchange(ranks: Ranks) -> bool:
+    """Rows to owners and back, where ranks have unequal numbers of rows or none and own several tensors or none."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (5, 3), "b": (2, 4), "c": (9,), "d": (1, 2, 2)}
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    moves = Exchange(ranks, shapes, {"a": 1, "b": 0, "c": 1, "d": 1})
+    rows = {name: list(value.chunk(ranks.size)) for name, value in whole.items()}
+    empty = {name: value[:0] for name, value in whole.items()}
+    mine = {name: rows[name][ranks.rank] if ranks.rank < len(rows[name]) else empty[name] for name in whole}
+    owned = moves.to_owners(mine)
+    assert owned.keys() == {0: {"b"}, 1: {"a", "c", "d"}}.get(ranks.rank, set())
+    assert all(torch.equal(value, whole[name]) for name, value in owned.items())
+    back = moves.from_owners(owned, list(shapes))
+    return back.keys() == mine.keys() and all(torch.equal(back[name], mine[name]) for name in mine)

@@ -104,15 +104,26 @@ def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_row
     assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_go_to_their_owners_and_back(size):
+    assert launch(jobs.exchange, size) == [True] * size
+
+
 @pytest.mark.parametrize(
     "size, experts",
     [
         (2, False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (4, False), (4, True))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, True), (3, False), (4, False), (4, True))
+        ),
     ],
 )
 def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
-    """Metrics and weights to rounding, a share of everything on each rank, and a checkpoint like any other."""
+    """Metrics and weights to rounding, a share of everything on each rank, and a checkpoint like any other.
+
+    Three ranks divide nothing evenly.
+    """
     rows = make_rows()
     expected_metrics, expected, whole = jobs.fsdp(ALONE, config, rows, tmp_path / "alone")
     results = launch(jobs.fsdp, size, config, rows, tmp_path / "sharded", experts)
@@ -123,8 +134,9 @@ def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
                 assert step[name] == pytest.approx(expected_step[name], rel=1e-4), name
         for name, value in weights.items():
             assert np.allclose(value, expected[name], atol=5e-5), name
-        assert held["weights"] == whole["weights"] / size
-        assert held["moments"] == pytest.approx(whole["moments"] / size, rel=0.02)
+        share = 0.5 if size == 3 else 1 / size  # of four experts somebody has two
+        assert held["weights"] <= whole["weights"] * share
+        assert held["moments"] <= whole["moments"] * share * 1.02
     launch(jobs.fsdp_load, 2, config, tmp_path / "sharded", tmp_path / "again", experts)
     states = [
         dict(Shards(sorted(folder.glob("trainer/optimizer*"))))
