@@ -14,6 +14,7 @@ import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.model import load_model
+from fullarc.train import load_checkpoint
 from fullarc.train.checkpoint import Shards
 from fullarc.train.parallel import ALONE, RankFailed, launch
 from fullarc.train.parallel.owners import share_out
@@ -146,6 +147,9 @@ def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
     for name, value in states[1].items():
         assert torch.allclose(states[0][name], value, atol=5e-5), name
         assert torch.equal(states[2][name], value), name
+    alone = jobs.new_trainer(config)
+    assert load_checkpoint(tmp_path / "sharded", alone) == {"place": 7}
+    assert all(torch.equal(value, states[1][name]) for name, value in alone.optimizer.tensors().items())
     again = load_model(tmp_path / "again").state_dict()
     assert all(np.array_equal(again[name].numpy(), value) for name, value in results[0][1].items())
 

@@ -3,7 +3,8 @@
 Invariant: a launch ends with all of its processes gone. The first failure of any rank becomes the launch's one
 error and ends the others; a rank whose parent died ends itself, even inside a collective; no collective waits
 longer than `timeout_s`. Ranks find each other through a file and talk over the loopback interface only. They are
-forked from a server that has imported torch once, so the second launch of a process starts at once.
+forked from a server that has imported torch once, so the second launch of a process starts at once; a script that
+launches needs the `if __name__ == "__main__"` that all of multiprocessing asks for.
 """
 
 import os
