@@ -40,7 +40,8 @@ def shard_model(model: GlmMoeDsa, ranks: Ranks) -> None:
     Experts that are divided already (`divide_experts`) stay where they are.
     """
     mesh = init_device_mesh("cpu", (ranks.size,))
-    experts = {p for name, p in model.named_parameters() if name in divided_experts(model)}
+    names = divided_experts(model)
+    experts = {parameter for name, parameter in model.named_parameters() if name in names}
     for unit in (*model.layers, model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model, ignored_params=experts)
         assert isinstance(unit, FSDPModule)
