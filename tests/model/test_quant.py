@@ -1,4 +1,4 @@
-"""Quantised weights against loops over single numbers, and against what compressed-tensors 0.20 makes of them."""
+"""Quantised weights against loops over single numbers and against compressed-tensors 0.20; training with them."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
-from fullarc.model.quant import QuantScheme, dequantize, pack, quantize, unpack
+from fullarc.config.model import preset
+from fullarc.model import GlmMoeDsa
+from fullarc.model.quant import Linear, QuantScheme, dequantize, pack, quantize, unpack
 
 # pack_to_int32 and calculate_qparams of compressed-tensors 0.20.0 for `fixture()`: (bits, group) -> words, scales
 COMPRESSED = {
@@ -108,3 +110,74 @@ def test_every_integer_survives_packing() -> None:
 def test_a_group_that_does_not_divide_the_row_is_named() -> None:
     with pytest.raises(FullarcError, match="group of 5 does not divide a row of 12"):
         quantize(fixture(), QuantScheme(4, 5))
+
+
+# --- quantisation-aware training --------------------
+
+
+def network() -> GlmMoeDsa:
+    return GlmMoeDsa(preset("nano", vocab_size=64, initializer_range=0.2)).init_weights(3)
+
+
+def loss_of(model: GlmMoeDsa) -> Tensor:
+    """A number that every weight of trunk and MTP layer bears on."""
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(5))
+    out = model.trunk(ids)
+    logits = [model.lm_head(h) for h in (out.hidden_BTD, *model.mtp(out.hidden_BTD, ids, steps=2).hidden)]
+    return sum(part.log_softmax(-1)[..., 7].sum() for part in logits)
+
+
+def quantised_offline(model: GlmMoeDsa, scheme: QuantScheme, shared: bool) -> GlmMoeDsa:
+    """A copy whose experts were taken out one by one, packed, unpacked and put back."""
+    copy = GlmMoeDsa(model.config)
+    copy.load_state_dict(model.state_dict())
+    for name, weight in copy.named_parameters():
+        if ".experts." in name or (shared and "shared_experts" in name):
+            matrices = weight.data.unbind() if ".experts." in name else [weight.data]
+            for matrix in (part for whole in matrices for part in whole.chunk(2)):
+                q, scale = quantize(matrix.clone(), scheme)
+                matrix.copy_(dequantize(unpack(pack(q, scheme.bits), scheme.bits, matrix.shape[1]), scale))
+    return copy
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_training_computes_exactly_with_the_weights_that_are_exported(bits: int, shared: bool) -> None:
+    scheme = QuantScheme(bits, 16)
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = loss_of(model)
+    offline = quantised_offline(model, scheme, shared)
+    aware = model.quantize_experts(scheme, shared)
+
+    loss, expected = loss_of(aware), loss_of(offline)
+    assert torch.equal(loss, expected) and not torch.equal(loss, plain)
+
+    # straight through: the gradient at w is the gradient at w', of every weight, to the bit
+    loss.backward()
+    expected.backward()
+    for (name, weight), other in zip(aware.named_parameters(), offline.parameters(), strict=True):
+        assert (weight.grad is None) == (other.grad is None), name
+        assert weight.grad is None or torch.equal(weight.grad, other.grad), name
+    assert list(before) == list(aware.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in aware.state_dict().items())
+    assert torch.equal(loss_of(model.quantize_experts(None)), plain)
+
+
+def test_gradients_of_a_product_by_hand() -> None:
+    linear = Linear(8, 2)
+    linear.scheme = QuantScheme(4, 4)
+    with torch.no_grad():  # the last of each row is clamped: 7.5 -> 7
+        linear.weight.copy_(torch.tensor([[0.4, -1.2, 2.5, 7.5, 0.0, 0.0, 0.0, 0.0], [1.0] * 7 + [15.0]]))
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]], requires_grad=True)
+    y = linear(x)
+    rounded = [[0, -1, 2, 7, 0, 0, 0, 0], [7 / 7.5] * 4 + [0, 0, 0, 14]]
+    assert y.tolist()[0] == pytest.approx([2 * -1 + 3 * 2 + 4 * 7, 10 * 7 / 7.5 + 8 * 14])
+    (y * torch.tensor([[10.0, -1.0]])).sum().backward()
+    assert linear.weight.grad.tolist() == [[10.0 * n for n in range(1, 9)], [-1.0 * n for n in range(1, 9)]]
+    assert torch.allclose(x.grad[0], 10 * torch.tensor(rounded[0]) - torch.tensor(rounded[1]))
+
+
+def test_a_group_that_does_not_divide_the_experts_is_refused() -> None:
+    with pytest.raises(FullarcError, match="group of 32 does not divide a row of 16"):
+        network().quantize_experts(QuantScheme(4, 32))

@@ -2,11 +2,13 @@
 
 from fullarc.model.checkpoint import load_config, load_model, save_model, write_model
 from fullarc.model.glm import GlmMoeDsa, ModelOutput, MTPOutput, TrunkOutput, shift_targets
+from fullarc.model.quant import QuantScheme
 
 __all__ = [
     "GlmMoeDsa",
     "MTPOutput",
     "ModelOutput",
+    "QuantScheme",
     "TrunkOutput",
     "load_config",
     "load_model",

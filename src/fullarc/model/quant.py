@@ -58,7 +58,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """w' forwards, the identity backwards. (w + (w' - w).detach() would not be w' to the bit.)"""
+    """w' forwards, the identity backwards."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scheme: QuantScheme) -> Tensor:
