@@ -1,4 +1,4 @@
-"""`fullarc quantize CHECKPOINT OUT`: a checkpoint with INT4 experts, for vLLM, transformers and our own engine."""
+"""`fullarc quantize CHECKPOINT OUT`: write a checkpoint with INT4 experts, in the form of compressed-tensors."""
 
 import argparse
 import json
@@ -45,17 +45,10 @@ def main(argv: Sequence[str]) -> int:
     first, rest = QuantScheme(arguments.bits, arguments.group), QuantScheme(arguments.rest, 0)
     plan = {kind: first if kind in arguments.what else rest for kind in KINDS}
     reports = quantize_checkpoint(folder, out, {kind: scheme for kind, scheme in plan.items() if scheme.bits})
-    before, after = (
-        sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, out)
-    )
+    before, after = (sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (folder, out))
     if arguments.json:
-        kinds = [asdict(report) for report in reports]
-        print(
-            json.dumps(
-                {"checkpoint": str(out), "bytes_before": before, "bytes_after": after, "kinds": kinds},
-                indent=1,
-            )
-        )
+        sizes = {"checkpoint": str(out), "bytes_before": before, "bytes_after": after}
+        print(json.dumps(sizes | {"kinds": [asdict(report) for report in reports]}, indent=1))
         return 0
     for report in reports:
         print(
@@ -70,9 +63,11 @@ def _check_out(folder: Path, out: Path, overwrite: bool) -> None:
     """Raise FullarcError if writing `out` could lose something."""
     if out.resolve() == folder.resolve():
         raise FullarcError(f"{out} is the checkpoint itself.", "Give a new folder.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not all((out / name).is_file() for name in ("config.json", "manifest.json")):
         raise FullarcError(f"{out} exists and is not a checkpoint.", "Give a new folder.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if not overwrite:
         raise FullarcError(f"{out} exists.", "Give a new folder, or --overwrite to replace it.")
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fullarc import cli
 from fullarc.config.errors import FullarcError
-from fullarc.config.files import verify_manifest
+from fullarc.config.files import atomic_dir, verify_manifest
 from fullarc.config.model import preset
 from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint, save_model
 
@@ -136,6 +136,8 @@ def test_the_verb(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_mistakes_are_sentences_and_change_nothing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with atomic_dir(tmp_path / "rows") as rows:  # whole, but not a model
+        (rows / "ids.npy").write_text("1 2 3")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     done = tmp_path / "done"
@@ -147,6 +149,8 @@ def test_mistakes_are_sentences_and_change_nothing(
             "model.layers.1.mlp.experts.0.down_proj.weight: A quantisation group of 32",
         ),
         ([source, tmp_path / "mine", "--overwrite"], "is not a checkpoint"),
+        ([source, tmp_path / "rows", "--overwrite"], "is not a checkpoint"),
+        ([source, tmp_path / "mine/letter.txt", "--overwrite"], "is not a checkpoint"),
         ([source, source, "--overwrite"], "is the checkpoint itself"),
         ([done, tmp_path / "new"], "is quantised already"),
     ]
@@ -169,6 +173,9 @@ def test_an_incomplete_matrix_is_named(source: Path, tmp_path: Path, part: str) 
         load_model(tmp_path / "out")
     save_file(tensors | {lost: tensors[lost][:1]}, file)
     with pytest.raises(FullarcError, match=r"experts.2.up_proj.weight_packed .* is not a matrix"):
+        load_model(tmp_path / "out")
+    save_file(tensors | {"model.layers.1.mlp.experts.2.up_proj.weight_zero_point": tensors[lost]}, file)
+    with pytest.raises(FullarcError, match="unexpected tensor .*weight_zero_point"):
         load_model(tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: the pack-quantized form of compressed-tensors, which vLLM and transformers read.
+"""Quantised checkpoints in the pack-quantized form of compressed-tensors, which transformers and vLLM know.
 
 On disk a quantised matrix X.weight [O, I] is three tensors:
 
@@ -56,7 +56,7 @@ class KindReport:
 
 def kind_of(name: str) -> str | None:
     """Kind of the tensor `name`, None if it is never quantised."""
-    module, dot, leaf = name.rpartition(".")
+    module, _, leaf = name.rpartition(".")
     return next(
         (kind for kind, pattern in KINDS.items() if leaf == "weight" and re.match(pattern, module)), None
     )

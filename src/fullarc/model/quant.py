@@ -37,7 +37,7 @@ class QuantScheme:
         if self.group and inputs % self.group:
             raise FullarcError(
                 f"A quantisation group of {self.group} does not divide a row of {inputs} weights.",
-                "Choose a group that divides hidden_size and moe_intermediate_size, or 0 for whole rows.",
+                "Choose one that does, or 0 for whole rows.",
             )
         return inputs // (self.group or inputs)
 
