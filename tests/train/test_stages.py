@@ -155,3 +155,22 @@ def test_quantisation_aware_sft_sees_the_quantised_model(run, tmp_path):
     before, after = load_model(start.checkpoint).state_dict()[expert], first["aware"][2].state_dict()[expert]
     rounding = (exported.state_dict()[expert] - before).abs().max()
     assert 0 < (after - before).abs().max() < rounding / 4
+
+
+def test_quantisation_aware_sft_goes_on_quantised(run, monkeypatch):
+    _, start, _, _ = run("pretrain", steps=0)
+    settings = dict(steps=3, save_every=1, qat_bits=4, qat_group=16, qat_shared=True)
+    _, whole, _, _ = run("sft", start.checkpoint, **settings)
+    expected = load_model(whole.checkpoint).state_dict()
+    shutil.rmtree(whole.out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fullarc.train.stages.save_checkpoint", killed)  # the last one, not those on the way
+        run("sft", start.checkpoint, **settings)
+    _, again, _, events = run("sft", start.checkpoint, **settings)
+    assert ("resumed", 2) in [(kind, fields.get("step")) for kind, fields in events]
+    state = load_model(again.checkpoint).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
