@@ -51,6 +51,7 @@ def test_logits_agree_for_other_shapes(overrides: dict, tmp_path: Path) -> None:
         assert difference(reference(ids).logits, load_model(tmp_path)(ids).logits) < ATOL
 
 
+@pytest.mark.slow  # imports compressed_tensors
 def test_a_quantised_checkpoint_is_the_same_to_transformers(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     saved_reference(tmp_path / "plain", tiny_config(num_nextn_predict_layers=0))
