@@ -19,7 +19,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
 from fullarc.config.stages import DSA, LMStage
-from fullarc.model import GlmMoeDsa, load_config, load_model
+from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
@@ -157,8 +157,13 @@ def run_midtrain(ctx: StageContext) -> dict[str, float]:
 
 
 def run_sft(ctx: StageContext) -> dict[str, float]:
-    """Conversations; the loss mask in the rows says which tokens are the assistant's."""
-    return _run_stage(ctx, lambda: load_model(_model_in(ctx)))
+    """Conversations; the loss mask in the rows says which tokens are the assistant's.
+
+    With `qat_bits` the experts compute as they will once they are quantised (2.4).
+    """
+    stage = ctx.stage
+    scheme = QuantScheme(stage.qat_bits, stage.qat_group) if stage.qat_bits else None
+    return _run_stage(ctx, lambda: load_model(_model_in(ctx)).quantize_experts(scheme, stage.qat_shared))
 
 
 def run_dsa(ctx: StageContext) -> dict[str, float]:
