@@ -13,11 +13,12 @@ def main(argv: Sequence[str]) -> int:
     """The verb."""
     from fullarc.model import QuantScheme, quantize_checkpoint
     from fullarc.model.compressed import KINDS
+    from fullarc.rollout.serve import resolve_model
 
     parser = argparse.ArgumentParser(
         prog="fullarc quantize", description="Write a checkpoint with quantised weights (compressed-tensors)."
     )
-    parser.add_argument("folder", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint")
+    parser.add_argument("folder", type=Path, metavar="CHECKPOINT", help="checkpoint or run folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument(
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
-    folder, out = arguments.folder, arguments.out
+    folder, out = resolve_model(arguments.folder), arguments.out
     _check_out(folder, out, arguments.overwrite)
     if arguments.group < 0:
         parser.error("--group must be 0 or more")

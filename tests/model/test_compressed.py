@@ -143,7 +143,7 @@ def test_mistakes_are_sentences_and_change_nothing(
     done = tmp_path / "done"
     quantize_checkpoint(source, done, {"experts": QuantScheme(4, 16)})
     cases = [
-        ([tmp_path / "absent", tmp_path / "new"], "it has no config.json"),
+        ([tmp_path / "absent", tmp_path / "new"], "does not exist"),
         (
             [source, tmp_path / "new"],
             "model.layers.1.mlp.experts.0.down_proj.weight: A quantisation group of 32",
