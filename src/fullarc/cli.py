@@ -22,6 +22,7 @@ DELEGATED = {
     "agent": ("fullarc.agent.cli:agent", "let a checkpoint do a task in a sandbox"),
     "eval": ("fullarc.evals.cli:main", "score a checkpoint"),
     "bench": ("fullarc.evals.bench:main", "measure claims against their baselines"),
+    "quantize": ("fullarc.quantize:main", "write a checkpoint with INT4 or INT8 weights"),
     "view": ("fullarc.view.cli:main", "write or open the report of a run"),
 }
 

@@ -75,6 +75,10 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
             ["stages.midtrain.seq_len = 4096"],
         ),
         (["engine.max_len=99"], ["exceeds engine.max_len = 99"]),
+        (
+            ["stages.sft.qat_bits=4", "stages.sft.qat_group=48"],
+            ["stages.sft.qat_group = 48 (command line)", "does not divide model.hidden_size = 128"],
+        ),
         (["stages.agentic_rl.eta=20"], ["eta 20 > tau 16"]),
         (["stages.reasoning_rl.max_new_tokens=5000"], ["leaves no room"]),
         (["stages.distil.teachers.code=dsaa"], ["teachers.code = 'dsaa'", "not an earlier stage"]),

@@ -62,8 +62,26 @@ def test_training_documents(tok, filler, length):
         assert len(ids) == len(loss) == length and ids[-1] == tok.id("<|endoftext|>")
         taught = tok.decode([token for token, one in zip(ids, loss, strict=True) if one])
         assert "Question" not in taught and 0 < sum(loss) < length / 2, "only the answers are taught"
-        for name, value in re.findall(r"Answer: The number of the (\w+) is (\d\d)\.", tok.decode(ids)):
-            assert tok.decode(ids).count(f"The number of the {name} is {value}.") == 2
+        text = tok.decode(ids)
+        for name, value in re.findall(r"Answer: The number of the (\w+) is (\d\d)\.", text):
+            assert text.count(f"The number of the {name} is {value}.") == 2
+        for name, values in re.findall(r"Answer: The numbers of the (\w+) are ([\d, ]+)\.", text):
+            told = re.findall(rf"The number of the {name} is (\d\d)\.", text)
+            assert len(told) == 3 and values == ", ".join(told), (
+                "all of them, in the order in which they are told"
+            )
+
+
+@pytest.mark.parametrize("length", [256, 1024])
+def test_training_documents_ask_how_their_sentences_go_on(tok, filler, length):
+    asked = 0
+    for number in (0, 1, 2, 4, 5, 6):
+        body, *questions = tok.decode(document(tok, filler, length, 1, number)[0]).split("\n\nQuestion: ")
+        for given, answer in re.findall(r"How does this go on\?(.+)\nAnswer:(.+)", "\n".join(questions)):
+            assert given + answer.removesuffix("<|endoftext|>") in body
+            asked += 1
+        assert any("What are the numbers" in question for question in questions)
+    assert asked == 6 * (length // 200)
 
 
 def test_a_question_that_does_not_fit_becomes_a_needle(tok, filler):

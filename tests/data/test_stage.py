@@ -118,7 +118,10 @@ def test_sft_rows(tmp_path, folder, done):
 
 def test_sft_repeats_long_documents_and_text(tmp_path, tok):
     """Long documents that ask for something, and text, beside the conversations; without it only conversations."""
-    text = "The road was long and the river wide and cold. Nobody came to the old mill by the sea. " * 40
+    lines = [
+        f"{chr(65 + i)}{i} roads were long and {i} rivers wide and cold. " for i in range(26)
+    ]  # begin unalike
+    text = "".join(lines) * 2
     documents = [Document(str(number), "a", "a", "en", text) for number in range(20)]
     begin = [tok.id("[gMASK]"), tok.id("<sop>")]
     tokens = {}
@@ -227,5 +230,5 @@ def test_every_sort_of_single_question_is_asked_at_every_length(monkeypatch, tok
         return [1], [1]
 
     monkeypatch.setattr(stage, "document", document)
-    stage._synthetic([], tok, 1024, 100 * 1024, 0)
+    stage._synthetic([], tok, [1024, 512, 256, 512], 100 * 1024, 0)
     assert made == {(sort, length) for sort in longctx.SORTS for length in (256, 512, 1024)}

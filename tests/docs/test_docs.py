@@ -42,6 +42,7 @@ VERBS = {
     "chat",
     "serve",
     "eval",
+    "quantize",
     "view",
     "bench",
     "explain",

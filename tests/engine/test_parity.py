@@ -5,6 +5,8 @@ import torch
 
 from fullarc.engine import Engine, mtp_accept_length
 from fullarc.engine import attention as attention_module
+from fullarc.engine.weights import prepare
+from fullarc.model import QuantScheme, load_model, quantize_checkpoint
 from fullarc.model import indexer as indexer_module
 from fullarc.model.ops import topk_mask
 
@@ -121,3 +123,19 @@ def test_drafts_follow_the_training_alignment(build):
         states = model.mtp(model.trunk(full).hidden_BTD, full, steps=3).hidden
         at = len(ids) - 2
         assert drafts == [int(model.lm_head(state[0, at]).argmax()) for state in states]
+
+
+def test_a_quantised_checkpoint_is_served_as_training_saw_it(shaped, tmp_path):
+    model, folder = shaped
+    scheme = QuantScheme(4, 4)  # divides the odd shape's rows too
+    quantize_checkpoint(folder, tmp_path / "int4", {"experts": scheme})
+    engine = Engine(tmp_path / "int4", max_batch=4, max_len=256, chunk_tokens=48)
+    scores = engine.score(PROMPTS[:2])
+    aware = load_model(folder).quantize_experts(scheme)
+    for ids, row in zip(PROMPTS, scores, strict=False):
+        assert row == pytest.approx(reference(aware, ids), abs=5e-5)
+        assert row != pytest.approx(reference(model, ids), abs=1e-2)
+    weights = [prepare(net).layers[1].ffn for net in (aware, load_model(tmp_path / "int4"))]
+    assert torch.equal(weights[0].gate_up, weights[1].gate_up) and torch.equal(
+        weights[0].down, weights[1].down
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GlmMoeDsaForCausalLM
 
 import fullarc.model.indexer as indexer_module
-from fullarc.model import GlmMoeDsa, load_model, save_model
+from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint, save_model
 
 ATOL = 5e-5
 
@@ -49,6 +49,20 @@ def test_logits_agree_for_other_shapes(overrides: dict, tmp_path: Path) -> None:
     ids = torch.randint(0, config.vocab_size, (2, 64))
     with torch.no_grad():
         assert difference(reference(ids).logits, load_model(tmp_path)(ids).logits) < ATOL
+
+
+@pytest.mark.slow  # imports compressed_tensors
+def test_a_quantised_checkpoint_is_the_same_to_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    saved_reference(tmp_path / "plain", tiny_config(num_nextn_predict_layers=0))
+    rest = {kind: QuantScheme(8, 0) for kind in ("shared", "dense", "attention")}
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "int4", {"experts": QuantScheme(4, 16)} | rest)
+    reference = GlmMoeDsaForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    ids = torch.randint(0, 97, (2, 48))
+    with torch.no_grad():
+        logits = load_model(tmp_path / "int4")(ids).logits
+        assert difference(reference(ids).logits, logits) < ATOL
+        assert difference(load_model(tmp_path / "plain")(ids).logits, logits) > 0.1
 
 
 def test_dense_configuration_agrees(tmp_path: Path) -> None:

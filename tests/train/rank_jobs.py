@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
-from fullarc.model import GlmMoeDsa, load_model
+from fullarc.model import GlmMoeDsa, QuantScheme, load_model
 from fullarc.train import (
     Batch,
     LmLoss,
@@ -187,13 +187,17 @@ def inputs(config: ModelConfig, rank: int) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def moe_layer(ranks: Ranks, config: ModelConfig, favourite: int) -> tuple[np.ndarray, np.ndarray, Weights]:
+def moe_layer(
+    ranks: Ranks, config: ModelConfig, favourite: int, bits: int = 0
+) -> tuple[np.ndarray, np.ndarray, Weights]:
     """Output, input gradient and weight gradients of one layer; `favourite` is an expert that all tokens choose."""
     torch.set_num_threads(1)
     moe = GlmMoeDsa(config).init_weights(1).layers[-1].mlp
     if favourite >= 0:
         moe.gate.e_score_correction_bias[favourite] = 10.0
         moe.gate.e_score_correction_bias[: config.num_experts_per_tok - 1] = 10.0
+    if bits:
+        moe.quantize_experts(QuantScheme(bits, 16))
     if ranks.size > 1:
         moe.experts = ParallelExperts(moe.experts, ranks)
     x_BTD, grad_BTD = inputs(config, ranks.rank)

@@ -35,6 +35,13 @@ def test_the_layer_is_the_local_one(config, size, favourite):
         assert sum(not grads["experts.down_proj"].any() for _, _, grads in results) == 2
 
 
+@pytest.mark.slow
+def test_quantised_experts_stay_quantised_when_they_are_divided(config):
+    plain, local = (jobs.moe_layer(ALONE, config, -1, bits)[0] for bits in (0, 4))
+    divided = launch(jobs.moe_layer, 2, config, -1, 4)[0][0]
+    assert np.array_equal(divided, local) and not np.array_equal(divided, plain)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_and_gradients_of_the_whole_model_equal_one_process(config, make_rows, size):
     rows = make_rows()

@@ -10,7 +10,8 @@ from fullarc.chat import Tokenizer
 from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.recipe import load_recipe
-from fullarc.model import load_config, load_model
+from fullarc.model import QuantScheme, load_config, load_model, save_model
+from fullarc.model.quant import fake_quantize
 from fullarc.train import run_dsa, run_midtrain, run_pretrain, run_sft
 
 RUN = {"pretrain": run_pretrain, "midtrain": run_midtrain, "dsa": run_dsa, "sft": run_sft}
@@ -153,3 +154,49 @@ def test_two_processes_end_with_the_model_of_one_and_report_the_same(run, parall
 def test_an_error_of_a_stage_in_processes_is_its_own(run):
     with pytest.raises(FullarcError, match="Stage midtrain needs a model to start from"):
         run("midtrain", processes=2)
+
+
+def test_quantisation_aware_sft_sees_the_quantised_model(run, tmp_path):
+    _, start, _, _ = run("pretrain", steps=0)
+    exported = load_model(start.checkpoint)
+    with torch.no_grad():
+        for name, weight in exported.named_parameters():
+            if ".experts." in name:
+                weight.copy_(fake_quantize(weight, QuantScheme(4, 16)))
+    save_model(exported, tmp_path / "exported", start.checkpoint)
+
+    first = {}
+    cases = {
+        "off": (start.checkpoint, 0),
+        "aware": (start.checkpoint, 4),
+        "exported": (tmp_path / "exported", 0),
+    }
+    for case, (model_in, bits) in cases.items():
+        _, ctx, logs, _ = run("sft", model_in, steps=1, qat_bits=bits, qat_group=16, optimizer="adamw")
+        first[case] = logs[0][1]["loss"], logs[0][1]["grad_norm"], load_model(ctx.checkpoint)
+        shutil.rmtree(ctx.out)
+    assert first["aware"][:2] == first["exported"][:2] != first["off"][:2]
+    # what is stored are the full-precision weights, one small step away from where they began
+    expert = "layers.1.mlp.experts.down_proj"
+    before, after = load_model(start.checkpoint).state_dict()[expert], first["aware"][2].state_dict()[expert]
+    rounding = (exported.state_dict()[expert] - before).abs().max()
+    assert 0 < (after - before).abs().max() < rounding / 4
+
+
+def test_quantisation_aware_sft_goes_on_quantised(run, monkeypatch):
+    _, start, _, _ = run("pretrain", steps=0)
+    settings = dict(steps=3, save_every=1, qat_bits=4, qat_group=16, qat_shared=True)
+    _, whole, _, _ = run("sft", start.checkpoint, **settings)
+    expected = load_model(whole.checkpoint).state_dict()
+    shutil.rmtree(whole.out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fullarc.train.stages.save_checkpoint", killed)  # the last one, not those on the way
+        run("sft", start.checkpoint, **settings)
+    _, again, _, events = run("sft", start.checkpoint, **settings)
+    assert ("resumed", 2) in [(kind, fields.get("step")) for kind, fields in events]
+    state = load_model(again.checkpoint).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())

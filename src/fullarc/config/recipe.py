@@ -20,6 +20,7 @@ from fullarc.config.errors import FullarcError, UsageError
 from fullarc.config.model import ModelConfig
 from fullarc.config.sizes import SIZES
 from fullarc.config.stages import (
+    SFT,
     STAGE_TYPES,
     Data,
     Distil,
@@ -314,6 +315,13 @@ def _check(recipe: Recipe, layers: _Layers) -> None:
     for name, stage in recipe.stages.items():
         if isinstance(stage, LMStage):
             limits.append((f"stages.{name}.seq_len", stage.seq_len))
+        if isinstance(stage, SFT) and stage.qat_bits and stage.qat_group:
+            for size in ("hidden_size", "moe_intermediate_size"):
+                if getattr(net, size) % stage.qat_group:
+                    raise FullarcError(
+                        f"stages.{name}.qat_group = {stage.qat_group} ({layers.origin(f'stages.{name}.qat_group')}) "
+                        f"does not divide model.{size} = {getattr(net, size)}."
+                    )
         if isinstance(stage, RLStage):
             limits.append((f"stages.{name}.max_len", stage.max_len))
             if stage.max_len > recipe.engine.max_len:

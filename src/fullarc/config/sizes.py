@@ -127,14 +127,14 @@ SIZES: dict[str, Layer] = {
                 save_every=20,
             ),
             "sft": _lm(
-                230,
+                255,
                 1024,
                 4,
                 1.5e-2,
                 5e-4,
                 adamw_scale=3,
                 mtp_steps=0,
-                replay=0.06,
+                replay=0.15,
                 demos=10_800,
                 mix={"reasoning": 0.76, "terminal": 0.14, "general": 0.1},
             ),
@@ -152,7 +152,7 @@ SIZES: dict[str, Layer] = {
             },
             "agentic_rl": _RL_2M
             | {
-                "steps": 18,
+                "steps": 15,
                 "prompts": 24,
                 "optimizer": "muon_split",
                 "lr": 2e-3,

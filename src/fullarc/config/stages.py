@@ -144,6 +144,11 @@ class SFT(LMStage):
     )
     demos: int = Field(2000, ge=1, description="Conversations generated from the tasks' own demonstrations.")
     alternatives: float = Field(0.5, ge=0, le=1, description=ALTERNATIVES)
+    qat_bits: Literal[0, 4, 8] = Field(
+        0, description="Quantisation-aware training (2.4): bits of the experts in use; 0 = off."
+    )
+    qat_group: int = Field(32, ge=0, description="Weights of a row that share a scale; 0 = the whole row.")
+    qat_shared: bool = Field(False, description="Quantise the shared experts as well as the routed ones.")
     mix: dict[str, float] = Field(
         {"reasoning": 0.4, "terminal": 0.4, "general": 0.2},
         description="Share of the conversations per kind of task; normalised.",

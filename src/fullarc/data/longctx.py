@@ -12,7 +12,7 @@ same generators make mid-training documents and, from other seeds, evaluations.
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,11 @@ _NAMES = (
 )
 NAMES = _NAMES.split()
 ORDINALS = ("first", "second", "third", "fourth")
-TOKENS_PER_FACT = 40  # about what a fact, its question and its answer take
+# how often a training document asks: with them a quarter to a third of it is filler
+TOKENS_PER_FACT = 64
+TOKENS_PER_QUOTE = 200
+QUOTE_GIVEN = 4  # tokens of a sentence that has to be continued
+QUOTE_ASKED = 20
 SORTS = ("needle", "multi_key", "multi_value", "mrcr")
 
 
@@ -114,9 +118,9 @@ def cases(
 def document(
     tok: Tokenizer, filler: Filler, length: int, seed: int, number: int
 ) -> tuple[list[int], list[int]]:
-    """A training document of exactly `length` tokens: facts among filler, then every one of them asked for.
+    """A training document of exactly `length` tokens: facts among filler, then all of them asked for.
 
-    Asking for all facts gives many answers to learn from in one document; every fourth one is a single `case`.
+    Asking for everything gives many answers to learn from in one document; every fourth one is a single `case`.
     Returns ids, which end in <|endoftext|>, and loss flags: 1 on the answers, the only part that can be known.
     """
     eos = tok.id("<|endoftext|>")
@@ -130,28 +134,47 @@ def document(
             length - len(one.prompt_ids)
         )
     rng = random.Random(derive(seed, "longctx", "document", length, number))
-    names = rng.sample(NAMES, min(len(NAMES), length // TOKENS_PER_FACT))
-    facts = {name: _fact(name, _number(rng)) for name in names}
     room = length - 1
-    told: list[list[int]] = []
+    told: list[list[list[int]]] = []
     asks: list[tuple[list[int], list[int]]] = []
-    for name in names:  # as many as fit
-        fact_ids = tok.encode(" " + facts[name])
-        question_ids = tok.encode(f"\n\nQuestion: {_asked(name)}\nAnswer:")
-        if 2 * len(fact_ids) + len(question_ids) <= room:
-            told.append(fact_ids)
-            asks.append((question_ids, fact_ids))
-            room -= 2 * len(fact_ids) + len(question_ids)
+    for facts_ids, question_ids, answer_ids in _material(tok, filler, rng, length):
+        needed = sum(map(len, facts_ids)) + len(question_ids) + len(answer_ids)
+        if needed <= room:
+            told.append(facts_ids)
+            asks.append((question_ids, answer_ids))
+            room -= needed
     rng.shuffle(asks)
     sentences = filler.draw(rng, room)
-    for fact_ids in told:
-        sentences.insert(rng.randint(0, len(sentences)), fact_ids)
+    for facts_ids in told:  # from the last to the first, so that they stay in order
+        places = sorted(rng.choices(range(len(sentences) + 1), k=len(facts_ids)))
+        for place, fact_ids in zip(reversed(places), reversed(facts_ids), strict=True):
+            sentences.insert(place, fact_ids)
     ids = [token for sentence in sentences for token in sentence]
     loss = [0] * len(ids)
     for question_ids, answer_ids in asks:
         ids += [*question_ids, *answer_ids]
         loss += [0] * len(question_ids) + [1] * len(answer_ids)
     return [*ids, eos], [*loss, 1]
+
+
+def _material(
+    tok: Tokenizer, filler: Filler, rng: random.Random, length: int
+) -> Iterator[tuple[list[list[int]], list[int], list[int]]]:
+    """What a training document tells and asks, as token ids: (facts in their order, question, answer).
+
+    First sentences whose beginning is given and that have to be continued: every token of such an answer must be
+    looked up, which is what lets recall form (docs/log.md). Then a name with several numbers, then names with one.
+    """
+    for sentence in rng.sample(filler.sentences, min(len(filler.sentences), length // TOKENS_PER_QUOTE)):
+        given = sentence[:QUOTE_GIVEN]
+        question = [*tok.encode("\n\nQuestion: How does this go on?"), *given, *tok.encode("\nAnswer:")]
+        yield [sentence], question, sentence[QUOTE_GIVEN : QUOTE_GIVEN + QUOTE_ASKED]
+    names = rng.sample(NAMES, min(len(NAMES), 1 + length // TOKENS_PER_FACT))
+    facts, question_text, answer = _several(names[0], rng)
+    yield [tok.encode(" " + fact) for fact in facts], tok.encode(question_text), tok.encode(" " + answer)
+    for name in names[1:]:
+        fact_ids = tok.encode(" " + _fact(name, _number(rng)))
+        yield [fact_ids], tok.encode(f"\n\nQuestion: {_asked(name)}\nAnswer:"), fact_ids
 
 
 def conversation(filler_text: Sequence[str], sentences: int, seed: int, number: int) -> dict[str, Any]:
@@ -187,9 +210,9 @@ def _script(rng: random.Random, sort: str) -> tuple[list[str], str, str]:
         told = [_fact(n, v) for n, v in facts.items()]
         return told, f"\n\nQuestion: {_asked(name)}\nAnswer: {begin}", f"{facts[name]}."
     if sort == "multi_value":
-        values = rng.sample(range(10, 100), 3)
-        question = f"\n\nQuestion: What are the numbers of the {names[0]}?\nAnswer: The numbers of the {names[0]} are"
-        return [_fact(names[0], str(v)) for v in values], question, f"{values[0]}, {values[1]}, {values[2]}."
+        facts_of_one, question, answer = _several(names[0], rng)
+        begin, values = answer[: -len("00, 00, 00.") - 1], answer[-len("00, 00, 00.") :]
+        return facts_of_one, f"{question} {begin}", values
     if sort == "mrcr":
         replies = [" ".join(rng.sample(NAMES, 3)) for _ in ORDINALS]
         topics = [names[0], names[1], names[0], names[1]]
@@ -199,6 +222,14 @@ def _script(rng: random.Random, sort: str) -> tuple[list[str], str, str]:
         question = f"\n\nQuestion: What was the {asked} reply about the {topics[which]}?\nAnswer: Reply:"
         return told, question, f"{replies[which]}."
     raise FullarcError(f'There is no long-context test "{sort}".', f"There are {', '.join(SORTS)}.")
+
+
+def _several(name: str, rng: random.Random) -> tuple[list[str], str, str]:
+    """Three facts about one name, the question for all of them, and the answer in the order in which they are told."""
+    values = rng.sample(range(10, 100), 3)
+    facts = [_fact(name, str(value)) for value in values]
+    question = f"\n\nQuestion: What are the numbers of the {name}?\nAnswer:"
+    return facts, question, f"The numbers of the {name} are {values[0]}, {values[1]}, {values[2]}."
 
 
 def _number(rng: random.Random) -> str:

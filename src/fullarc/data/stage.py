@@ -148,12 +148,15 @@ def midtrain_rows(
     Trajectories teach whole (every token is a target), as documents do. Returns meta.json's content.
     """
     length = settings.seq_len
+    short = min(length, SHORTEST_SYNTHETIC)
+    # near facts are found first, far ones later
+    lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
     trajectories = [render_whole(tok, one) for one in conversations]
     share = settings.trajectory_share if trajectories else 0.0
     synthetic = tokens * settings.synthetic_share
     docs: dict[str, list[Doc]] = {
         "trajectories": list(_repeat(trajectories, own_tokens(trajectories, length), tokens * share, seed)),
-        "synthetic": _synthetic(documents, tok, length, synthetic, seed),
+        "synthetic": _synthetic(documents, tok, lengths, synthetic, seed),
     }
     natural = tokens * (1 - share) - synthetic
     long_first = sorted(documents, key=lambda one: len(one.text) < 4 * length)
@@ -176,7 +179,7 @@ def sft_rows(
 
     A conversation longer than a row keeps its beginning and is counted; one whose targets are all gone with the
     rest is left out and counted. A share `replay` of the tokens is of the kinds that mid-training reads, so that
-    they are not forgotten: two thirds long synthetic documents, one third beginnings of `documents`.
+    they are not forgotten: synthetic documents as long as a row, and for a sixth beginnings of `documents`.
 
     Raises:
         FullarcError: there is no conversation.
@@ -203,29 +206,23 @@ def sft_rows(
             counts["dropped_no_target"] += 1
     if replay:
         again = sum(own_tokens(docs, length)) * replay / (1 - replay)
-        docs += _synthetic(documents, tok, length, again * 2 / 3, derive(seed, "replay"))
+        docs += _synthetic(documents, tok, [length], again * 5 / 6, derive(seed, "replay"))
         order = list(documents)
         random.Random(derive(seed, "replay", "text")).shuffle(order)
         parts = (tokenize([one], tok)[0][:length] for one in order)
-        docs += [(ids, [1] * len(ids)) for ids in _until(parts, again / 3)]
+        docs += [(ids, [1] * len(ids)) for ids in _until(parts, again / 6)]
     return write_rows(out, pack_sharing(docs, length), tok.vocab_size, counts)
 
 
 def _synthetic(
-    documents: Sequence[Document], tok: Tokenizer, length: int, tokens: float, seed: int
+    documents: Sequence[Document], tok: Tokenizer, lengths: Sequence[int], tokens: float, seed: int
 ) -> list[Doc]:
-    """About `tokens` tokens of `longctx.document` in a whole, a half and a quarter of `length`."""
-    short = min(length, SHORTEST_SYNTHETIC)
-    # near facts are found first, far ones later
-    lengths = [length, max(length // 2, short), max(length // 4, short), max(length // 2, short)]
-
-    def size(number: int) -> int:
-        # every fourth is a single question, of a sort that changes each time: shifted so that all meet all lengths
-        return lengths[(number + number // 4 + number // 16) % 4]
-
+    """About `tokens` tokens of `longctx.document`, `lengths` in turn."""
     filler = Filler(tok, (one.text for one in documents if one.kind == "en"))
-    count = round(4 * tokens / sum(lengths))
-    return [document(tok, filler, size(number), seed, number) for number in range(count)]
+    count = round(len(lengths) * tokens / sum(lengths))
+    # every fourth is a single question, of a sort that changes each time: shifted so that all meet all lengths
+    sizes = [lengths[(number + number // 4 + number // 16) % len(lengths)] for number in range(count)]
+    return [document(tok, filler, size, seed, number) for number, size in enumerate(sizes)]
 
 
 def render_whole(tok: Tokenizer, one: Mapping[str, Any]) -> Doc:

@@ -134,15 +134,14 @@ def _attention(norm: Tensor, mla: MLA, config: ModelConfig) -> AttentionWeights:
 
 
 def _ffn(ffn: FFN) -> FFNWeights:
-    gate_up = torch.cat((ffn.gate_proj.weight, ffn.up_proj.weight))
-    return FFNWeights(gate_up.T.contiguous(), ffn.down_proj.weight.T.contiguous())
+    gate_up = torch.cat((ffn.gate_proj.used(), ffn.up_proj.used()))
+    return FFNWeights(gate_up.T.contiguous(), ffn.down_proj.used().T.contiguous())
 
 
 def _moe(moe: MoE) -> MoEWeights:
     shared = None if moe.shared_experts is None else _ffn(moe.shared_experts)
-    return MoEWeights(
-        moe.gate, moe.experts.gate_up_proj.mT.contiguous(), moe.experts.down_proj.mT.contiguous(), shared
-    )
+    gate_up, down = moe.experts.used()
+    return MoEWeights(moe.gate, gate_up.mT.contiguous(), down.mT.contiguous(), shared)
 
 
 def _layer(layer: nn.Module, config: ModelConfig) -> LayerWeights:

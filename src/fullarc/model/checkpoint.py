@@ -2,12 +2,14 @@
 
 On disk experts are stored one by one and the MTP layer is the layer after the last; in memory experts are stacked.
 This file is the only place that knows both. Loading is strict: every tensor must be there, with its shape.
+A quantised checkpoint (`model.compressed`) is loaded as the floats it stands for.
 """
 
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, verify_manifest
 from fullarc.config.model import ModelConfig
+from fullarc.model.compressed import KindReport, Plan, compress, decompress, quantization_config
 from fullarc.model.glm import GlmMoeDsa
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -73,18 +76,46 @@ def write_model(model: GlmMoeDsa, folder: Path, tokenizer_dir: Path | None = Non
             shutil.copyfile(Path(tokenizer_dir or "") / name, folder / name)
 
 
+def quantize_checkpoint(folder: Path, out: Path, plan: Plan) -> list[KindReport]:
+    """Write the checkpoint `folder`, quantised by `plan`, as the checkpoint `out` (an existing one is replaced).
+
+    Everything but the trainer's state comes along. Returns what happened to each kind of matrix.
+
+    Raises:
+        FullarcError: `folder` is no checkpoint, is damaged or quantised already, or does not fit the plan.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if "quantization_config" in config:
+        raise FullarcError(f"{folder} is quantised already.", "Start from the checkpoint it was made of.")
+    if (folder / "manifest.json").exists():
+        verify_manifest(folder)
+    tensors, reports = compress(read_tensors(folder), plan)
+    with atomic_dir(Path(out)) as temp:
+        for file in folder.iterdir():
+            if file.is_file() and file.name != "manifest.json" and ".safetensors" not in file.name:
+                shutil.copyfile(file, temp / file.name)
+        content = config | {"quantization_config": quantization_config(plan)}
+        (temp / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
+    return reports
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint folder."""
+    return ModelConfig.from_hf(_read_config(folder))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
-        content = json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except OSError:
         raise FullarcError(
             f"{folder} is not a checkpoint: it has no config.json.", "Check the path."
         ) from None
-    except ValueError:
-        raise FullarcError(f"{path} is not valid JSON.", "Use another checkpoint.") from None
-    return ModelConfig.from_hf(content)
+    except (ValueError, TypeError):
+        raise FullarcError(f"{path} is not a JSON object.", "Use another checkpoint.") from None
 
 
 def load_model(
@@ -116,7 +147,7 @@ def load_model(
 
 def load_state(model: GlmMoeDsa, folder: Path) -> None:
     """Put the tensors of `folder` into `model` (which may be on the meta device). Strict; see `load_model`."""
-    tensors = read_tensors(folder)
+    tensors = decompress(read_tensors(folder))
     layers = model.config.num_hidden_layers
     state: dict[str, Tensor] = {}
     for name, current in model.state_dict().items():

@@ -15,6 +15,7 @@ from fullarc.model.induction import start_with_induction
 from fullarc.model.mla import MLA, Visibility, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
+from fullarc.model.quant import QuantScheme
 
 OUTPUT_STD = 0.02
 
@@ -132,6 +133,23 @@ class GlmMoeDsa(nn.Module):
                 nn.init.normal_(weight, std=std, generator=generator)
         if induction:
             start_with_induction(self, generator)
+        return self
+
+    def quantize_experts(self, scheme: QuantScheme | None, shared: bool = False) -> "GlmMoeDsa":
+        """From now on compute with routed experts (with `shared`, also the shared ones) quantised by `scheme`.
+
+        The weights themselves stay as they are, and so do checkpoints and optimizers: gradients pass straight
+        through (quantisation-aware training, GLM-5 section 2.4). None: compute with the weights as stored.
+
+        Raises:
+            FullarcError: the group does not divide the experts' rows.
+        """
+        if scheme is not None:
+            for inputs in (self.config.hidden_size, self.config.moe_intermediate_size):
+                scheme.groups(inputs)
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.quantize_experts(scheme, shared)
         return self
 
     def forward(

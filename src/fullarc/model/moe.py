@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.ops import stable_topk
+from fullarc.model.quant import Linear, QuantScheme, fake_quantize
 
 WEIGHT_FLOOR = 1e-20
 ROW_BLOCK = 16
@@ -25,9 +26,9 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, inner, bias=False)
-        self.up_proj = nn.Linear(dim, inner, bias=False)
-        self.down_proj = nn.Linear(inner, dim, bias=False)
+        self.gate_proj = Linear(dim, inner)
+        self.up_proj = Linear(dim, inner)
+        self.down_proj = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -65,23 +66,29 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts as three-dimensional weights; gate rows come first in `gate_up_proj`."""
 
+    scheme: QuantScheme | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
 
+    def used(self) -> tuple[Tensor, Tensor]:
+        """`gate_up_proj` and `down_proj` as the products use them: as stored, or quantised by `scheme`."""
+        return fake_quantize(self.gate_up_proj, self.scheme), fake_quantize(self.down_proj, self.scheme)
+
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply expert e to its own run of rows of `x`, which is sorted by expert; `ends` are the runs' ends."""
-        gate_MF, up_MF = F.grouped_mm(x_MD, self.gate_up_proj.mT, offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm((F.silu(gate_MF) * up_MF).contiguous(), self.down_proj.mT, offs=ends_E)
+        gate_up, down = self.used()
+        gate_MF, up_MF = F.grouped_mm(x_MD, gate_up.mT, offs=ends_E).chunk(2, dim=-1)
+        return F.grouped_mm((F.silu(gate_MF) * up_MF).contiguous(), down.mT, offs=ends_E)
 
     def dense(self, x_MD: Tensor) -> Tensor:
         """Every expert on every row: [E, M, D]. Row-invariant; the engine's choice for small expert counts."""
-        gate, up = torch.bmm(x_MD.expand(self.gate_up_proj.shape[0], -1, -1), self.gate_up_proj.mT).chunk(
-            2, dim=-1
-        )
-        return torch.bmm(F.silu(gate) * up, self.down_proj.mT)
+        gate_up, down = self.used()
+        gate, up = torch.bmm(x_MD.expand(len(gate_up), -1, -1), gate_up.mT).chunk(2, dim=-1)
+        return torch.bmm(F.silu(gate) * up, down.mT)
 
 
 def dispatch(chosen_MK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -121,6 +128,14 @@ class MoE(nn.Module):
             if config.n_shared_experts
             else None
         )
+
+    def quantize_experts(self, scheme: QuantScheme | None, shared: bool = False) -> None:
+        """See `GlmMoeDsa.quantize_experts`."""
+        self.experts.scheme = scheme
+        if self.shared_experts is not None:
+            for linear in self.shared_experts.children():
+                assert isinstance(linear, Linear)
+                linear.scheme = scheme if shared else None
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, RoutingStats]:
         x_MD = x_BTD.flatten(0, 1)

@@ -19,7 +19,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
 from fullarc.config.stages import DSA, LMStage, Parallel
-from fullarc.model import GlmMoeDsa, load_config, load_model
+from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
@@ -184,8 +184,17 @@ def run_midtrain(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
 
 @in_processes
 def run_sft(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
-    """Conversations; the loss mask in the rows says which tokens are the assistant's."""
-    return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx)))
+    """Conversations; the loss mask in the rows says which tokens are the assistant's.
+
+    With `qat_bits` the experts compute as they will once they are quantised (2.4).
+    """
+    stage = ctx.stage
+    scheme = QuantScheme(stage.qat_bits, stage.qat_group) if stage.qat_bits else None
+
+    def start() -> GlmMoeDsa:
+        return load_model(_model_in(ctx)).quantize_experts(scheme, stage.qat_shared)
+
+    return _run_stage(ctx, ranks, start)
 
 
 @in_processes

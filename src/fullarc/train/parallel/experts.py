@@ -40,6 +40,7 @@ class ParallelExperts(Experts):
                 f"{total} experts cannot be divided evenly over {ranks.size} ranks.",
                 "Choose a number of ranks that divides them.",
             )
+        self.scheme = experts.scheme
         self.size, self.here = ranks.size, total // ranks.size
         mine = slice(ranks.rank * self.here, (ranks.rank + 1) * self.here)
         self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[mine].clone())
