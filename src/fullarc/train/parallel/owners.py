@@ -1,8 +1,8 @@
 """Optimizer state divided over ranks: every parameter has one owner (ZeRO stage 1; GLM-5 section 2.4).
 
 The owner alone keeps a parameter's moments, runs Newton-Schulz on its matrices or AdamW on its elements, and sends
-the new weights to the others. Nothing but finished weights travels: no rank gathers moments, and no matrix is
-orthogonalised twice.
+the new weights to the others. Besides the sum of the gradients only finished weights travel: no rank gathers
+moments, and no matrix is orthogonalised twice.
 
 Invariant: given equal gradients, the weights are bit for bit those of `Optimizer`, because the update of a
 parameter depends on its own gradients only.
