@@ -48,7 +48,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "report": ("fullarc.view.report:write",),
 }
 # settings that change how fast a step goes but not what comes out
-NOT_RESULT = {"threads", "save_every", "log_every", "concurrency", "engines"}
+NOT_RESULT = {"threads", "save_every", "log_every", "concurrency", "engines", "processes", "parallel"}
 IN_SANDBOX = {"midtrain", "sft", "reasoning_rl", "agentic_rl", "general_rl", "distil", "eval"}
 
 

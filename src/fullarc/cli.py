@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--model", type=Path, metavar="DIR", help="start from this checkpoint, not the previous stage's"
     )
+    train.add_argument(
+        "--nproc", type=int, metavar="N", help="train in N processes (the stage's `processes`)"
+    )
     train.set_defaults(handler=_train)
 
     data = verbs.add_parser("data", help="build the token rows of a recipe")
@@ -152,6 +155,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.nproc is not None:
+        arguments.set.append(f"stages.{arguments.stage}.processes={arguments.nproc}")
     return _only(arguments, arguments.stage, arguments.model)
 
 

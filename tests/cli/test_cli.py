@@ -134,3 +134,12 @@ def test_delegated_verbs_get_the_rest_of_the_line_and_give_the_exit_code(
     monkeypatch.setitem(cli.DELEGATED, "serve", ("fake_verb:main", "help"))
     assert cli.main(["serve", "DIR", "--port", "0", "--help"]) == 7
     assert seen == ["DIR", "--port", "0", "--help"]
+
+
+def test_nproc_is_the_stages_number_of_processes(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("fullarc.arc.run", lambda resolved, **_: seen.append(resolved.recipe) or tmp_path)
+    for words, processes in (([], 1), (["--nproc", "3"], 3)):
+        assert cli.main(["train", "pretrain", str(ROOT / "recipes/smoke.toml"), *words]) == 0
+        assert seen[-1].stages["pretrain"].processes == processes
+        assert seen[-1].stages["sft"].processes == 1

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
 
+Parallel = Literal["zero1", "fsdp2", "fsdp2+ep"]
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors."""
@@ -24,7 +26,9 @@ class LMStage(Settings):
     steps: int = Field(100, ge=0, description="Optimizer steps.")
     seq_len: int = Field(256, ge=8, description="Row length T in tokens.")
     batch_tokens: int = Field(4096, ge=8, description="Tokens per optimizer step; a multiple of seq_len.")
-    micro_batch_rows: int = Field(0, ge=0, description="Rows per forward pass; 0 = half of the batch.")
+    micro_batch_rows: int = Field(
+        0, ge=0, description="Rows per forward pass; 0 = half of the batch, or a share each."
+    )
     optimizer: Literal["muon_split", "muon", "adamw"] = Field(
         "muon_split",
         description="muon_split orthogonalises the MLA up-projections head by head (2.1); embeddings, norms "
@@ -55,6 +59,12 @@ class LMStage(Settings):
     save_every: int = Field(50, ge=1, description="Steps between resumable checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int = Field(0, ge=0, description="Forward passes computed at once; 0 = the recipe's threads.")
+    processes: int = Field(1, ge=1, description="Processes that share each step's micro-batches.")
+    parallel: Parallel = Field(
+        "zero1",
+        description="What they divide too: the optimizer's state (zero1), also weights and gradients (fsdp2), or "
+        "these and, instead of gathering experts, tokens go to them (fsdp2+ep).",
+    )
 
     @property
     def batch_rows(self) -> int:

@@ -2,24 +2,29 @@
 
 Invariant: at every moment at least one complete checkpoint exists once the first was written. A new one is
 written beside (atomic_dir), verified, and only then are older ones pruned; a damaged one is passed over,
-with an event, for the one before it. No pickle: safetensors and JSON (design, contract 1).
+with an event, for the one before it. The optimizer state is one safetensors file for each rank that wrote it, and
+any number of ranks reads it back, each what it owns. No pickle: safetensors and JSON (design, contract 1).
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, is_complete, verify_manifest
 from fullarc.model import GlmMoeDsa, write_model
 from fullarc.model.checkpoint import load_state
+from fullarc.train.parallel.ranks import Ranks
 from fullarc.train.trainer import Trainer
 
 KEEP = 2
@@ -35,6 +40,8 @@ def save_checkpoint(
 ) -> None:
     """Write model, tokenizer and trainer state to `folder` in one step.
 
+    Every rank calls this: the first writes the folder, each its own part of the optimizer state.
+
     Args:
         data_state: JSON values, e.g. `Rows.state()`.
         extra: called with the temporary folder, to add files of the caller's own (RL: its behaviour weights).
@@ -42,22 +49,56 @@ def save_checkpoint(
     Raises:
         FullarcError: a weight is NaN or infinite; nothing is written.
     """
-    for name, weight in trainer.model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise FullarcError(f"{name} is not finite; the checkpoint {folder} was not written.")
+    ranks, model = trainer.ranks, trainer.whole_model()
+    weights = model.named_parameters() if ranks.first else ()
+    bad = [name for name, weight in weights if not torch.isfinite(weight).all()]
+    if bad := ranks.gather(bad)[0]:
+        raise FullarcError(f"{bad[0]} is not finite; the checkpoint {folder} was not written.")
     tensors, values = trainer.state()
-    with atomic_dir(Path(folder)) as temp:
-        write_model(trainer.model, temp, tokenizer_dir)
-        (temp / "trainer").mkdir()
-        save_file(tensors, temp / "trainer" / "optimizer.safetensors")
-        state = {"trainer": values, "data": data_state}
-        (temp / "trainer" / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        if extra is not None:
-            extra(temp)
+    with atomic_dir(Path(folder)) if ranks.first else nullcontext() as temp:
+        if temp is not None:
+            write_model(model, temp, tokenizer_dir)
+            (temp / "trainer").mkdir()
+            state = {"trainer": values, "data": data_state}
+            (temp / "trainer" / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+            if extra is not None:
+                extra(temp)
+        common = Path(ranks.gather(str(temp))[0])
+        save_file(tensors, common / "trainer" / _shard(ranks))
+        ranks.barrier()  # all shards are there: the first rank may write the manifest
+    ranks.barrier()  # the folder has its name: all may read it
+
+
+def _shard(ranks: Ranks) -> str:
+    """The file of one rank's part of the optimizer state."""
+    part = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if ranks.size > 1 else ""
+    return f"optimizer{part}.safetensors"
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of several safetensors files as one mapping; a tensor is read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                self._files |= dict.fromkeys(handle.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Put weights, router biases, optimizer state and step into `trainer`; returns the data state.
+
+    A trainer on several ranks reads what it owns, however many ranks the checkpoint was written by.
 
     Raises:
         FullarcError: the folder is incomplete or of another model or optimizer.
@@ -66,11 +107,10 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
     verify_manifest(folder)
     weights = GlmMoeDsa(trainer.model.config)
     load_state(weights, folder)
-    with torch.no_grad():
-        trainer.model.load_state_dict(weights.state_dict())
+    trainer.load_weights(weights.state_dict())
     data_state = saved_data_state(folder)
     values = json.loads((folder / "trainer" / "state.json").read_text())["trainer"]
-    trainer.load_state(load_file(folder / "trainer" / "optimizer.safetensors"), values)
+    trainer.load_state(Shards(sorted((folder / "trainer").glob("optimizer*.safetensors"))), values)
     return data_state
 
 
@@ -125,6 +165,8 @@ class Steps:
         """
         path = self.path(trainer.step_number)
         save_checkpoint(path, trainer, data_state, tokenizer_dir)
+        if not trainer.ranks.first:
+            return path
         verify_manifest(path)
         kept = [p for p in self._all() if p.name <= path.name and is_complete(p)][: self.keep]
         for old in (*self._all(), *self.folder.glob(".step-*")):

@@ -100,9 +100,39 @@ def cut(
         yield view, ((n, rows, columns) if split else (1, n * rows, columns))
 
 
+def add_orthogonal_(
+    weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], heads: HeadShape, split: bool, lr: float
+) -> None:
+    """Move every block of every weight by -lr * 0.2 * sqrt(max(A, B)) * NS5(its part of the direction)."""
+    groups: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
+    for name, weight in weights.items():
+        pieces = zip(cut(name, weight, heads, split), cut(name, directions[name], heads, split), strict=True)
+        for (target, _), (source, shape) in pieces:
+            blocks_NAB, tall = source.reshape(shape), shape[1] > shape[2]
+            key = (min(shape[1:]), max(shape[1:]))
+            groups[key].append((target, blocks_NAB.mT if tall else blocks_NAB, tall))
+    for (_, longest), members in groups.items():
+        moved = newton_schulz(torch.cat([blocks for _, blocks, _ in members]))
+        parts = moved.split([len(blocks) for _, blocks, _ in members])
+        updates = [
+            (part.mT if tall else part).reshape(target.shape)
+            for part, (target, _, tall) in zip(parts, members, strict=True)
+        ]
+        torch._foreach_add_([target for target, _, _ in members], updates, alpha=-lr * 0.2 * longest**0.5)
+
+
 def uses_adamw(name: str, parameter: Tensor) -> bool:
     """Embeddings, head, norms, biases and the router are not matrices to orthogonalise."""
     return parameter.ndim < 2 or any(part in name for part in _ADAMW_NAMES)
+
+
+def require_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise FullarcError naming the first parameter without a gradient."""
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            raise FullarcError(
+                f"{name} is set to be trained but has no gradient.", "Freeze it for this stage."
+            )
 
 
 class Optimizer:
@@ -139,11 +169,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update from the gradients in `.grad`."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                raise FullarcError(
-                    f"{name} is set to be trained but has no gradient.", "Freeze it for this stage."
-                )
+        require_gradients(self.parameters)
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr * self.settings.adamw_scale
@@ -152,31 +178,18 @@ class Optimizer:
             self._muon(lr)
 
     def _muon(self, lr: float) -> None:
-        momentum, split = self.settings.momentum, self.settings.kind == "muon_split"
-        weights = [self.parameters[name].data for name in self._muon_names]
+        weights = {name: self.parameters[name].data for name in self._muon_names}
+        directions = self._directions()
+        torch._foreach_mul_(list(weights.values()), 1 - lr * self.settings.weight_decay)
+        add_orthogonal_(weights, directions, self.heads, self.settings.kind == "muon_split", lr)
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Move the momentum and mix it with the gradient (Nesterov)."""
+        momentum = self.settings.momentum
         grads = [g for name in self._muon_names if (g := self.parameters[name].grad) is not None]
         buffers = [self._momentum[name] for name in self._muon_names]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        directions = torch._foreach_lerp(grads, buffers, momentum)
-        torch._foreach_mul_(weights, 1 - lr * self.settings.weight_decay)
-
-        groups: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
-        for name, weight, direction in zip(self._muon_names, weights, directions, strict=True):
-            pieces = zip(
-                cut(name, weight, self.heads, split), cut(name, direction, self.heads, split), strict=True
-            )
-            for (target, _), (source, shape) in pieces:
-                blocks_NAB, tall = source.reshape(shape), shape[1] > shape[2]
-                key = (min(shape[1:]), max(shape[1:]))
-                groups[key].append((target, blocks_NAB.mT if tall else blocks_NAB, tall))
-        for (_, longest), members in groups.items():
-            moved = newton_schulz(torch.cat([blocks for _, blocks, _ in members]))
-            parts = moved.split([len(blocks) for _, blocks, _ in members])
-            updates = [
-                (part.mT if tall else part).reshape(target.shape)
-                for part, (target, _, tall) in zip(parts, members, strict=True)
-            ]
-            torch._foreach_add_([target for target, _, _ in members], updates, alpha=-lr * 0.2 * longest**0.5)
+        return dict(zip(self._muon_names, torch._foreach_lerp(grads, buffers, momentum), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Complete state as flat named tensors (not copies)."""

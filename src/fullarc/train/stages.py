@@ -18,11 +18,13 @@ from fullarc.config.context import StageContext
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
-from fullarc.config.stages import DSA, LMStage
+from fullarc.config.stages import DSA, LMStage, Parallel
 from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
+from fullarc.train.parallel.ranks import ALONE, Ranks
+from fullarc.train.parallel.stage import in_processes
 from fullarc.train.rows import Rows
 from fullarc.train.schedule import schedule
 from fullarc.train.trainer import LossFn, Trainer, trained
@@ -42,6 +44,7 @@ class Phase:
         trainable: which parameter names move.
         save_every, log_every: in steps.
         workers: forward passes computed at once.
+        parallel: what several processes divide beside the batch: optimizer state, or weights and gradients too.
         seed: seed of the order of the rows.
     """
 
@@ -59,6 +62,7 @@ class Phase:
     seed: int = 0
     held: int = 0
     workers: int = 1
+    parallel: Parallel = "zero1"
 
 
 def run_phase(
@@ -69,6 +73,7 @@ def run_phase(
     tokenizer_dir: Path | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
     event: Callable[..., None] = lambda *_, **__: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train the model that `start()` gives and leave it as the checkpoint `out`; returns the last logged
     metrics.
@@ -78,14 +83,19 @@ def run_phase(
     Args:
         log: called as `log(step, **metrics)` every `log_every` steps with the means since the last call.
         event: called as `event(kind, **fields)` on resume and on damaged checkpoints.
+        ranks: the processes that all call this with the same arguments and train together. Checkpoints do not
+            depend on their number, which may change at every start; only the first of them reports.
     """
+    if not ranks.first:
+        log = event = _silent
     saved = Steps(out.with_name(f"{out.name}.steps"), event)
     if is_complete(out):
-        saved.clear()
+        if ranks.first:
+            saved.clear()
         return dict(saved_data_state(out)["metrics"])
     model = start()
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
-    trainer = Trainer(model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate, phase.workers)
+    trainer = _trainer(phase, model, ranks)
     metrics: dict[str, float] = {}
     newest = saved.latest()
     if newest is not None:
@@ -103,8 +113,22 @@ def run_phase(
         if done % phase.save_every == 0 and done < phase.steps:
             saved.save(trainer, {"rows": rows.state(), "metrics": metrics}, tokenizer_dir)
     save_checkpoint(out, trainer, {"rows": rows.state(), "metrics": metrics}, tokenizer_dir)
-    saved.clear()
+    if ranks.first:
+        saved.clear()
     return metrics
+
+
+def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
+    common = model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate
+    if phase.parallel != "zero1" and ranks.size > 1:
+        from fullarc.train.parallel.fsdp import FsdpTrainer
+
+        return FsdpTrainer(*common, ranks, expert_parallel=phase.parallel == "fsdp2+ep")
+    return Trainer(*common, phase.workers, ranks)
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Report nothing."""
 
 
 class Window:
@@ -134,7 +158,8 @@ class Window:
 # --- stages ------------------------------------------------------------------------------------------
 
 
-def run_pretrain(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_pretrain(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """A new model on concatenated short rows, dense attention."""
     tokenizer = Tokenizer.load(_tokenizer_dir(ctx))
     ids = {"eos_token_id": tuple(tokenizer.stop_ids), "pad_token_id": tokenizer.id("<|endoftext|>")}
@@ -145,28 +170,35 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
             "Raise model.vocab_size or train the tokenizer again.",
         )
     induction = ctx.stage.induction
-    return _run_stage(ctx, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init"), induction))
+    return _run_stage(ctx, ranks, lambda: GlmMoeDsa(config).init_weights(derive(ctx.seed, "init"), induction))
 
 
-def run_midtrain(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_midtrain(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """The same model on longer, isolated rows; `rope_theta` may grow with the length."""
     theta = getattr(ctx.stage, "rope_theta", 0.0)
     if not theta:
-        return _run_stage(ctx, lambda: load_model(_model_in(ctx)))
-    return _run_stage(ctx, lambda: load_model(_model_in(ctx), rope_theta=theta))
+        return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx)))
+    return _run_stage(ctx, ranks, lambda: load_model(_model_in(ctx), rope_theta=theta))
 
 
-def run_sft(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_sft(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """Conversations; the loss mask in the rows says which tokens are the assistant's.
 
     With `qat_bits` the experts compute as they will once they are quantised (2.4).
     """
     stage = ctx.stage
     scheme = QuantScheme(stage.qat_bits, stage.qat_group) if stage.qat_bits else None
-    return _run_stage(ctx, lambda: load_model(_model_in(ctx)).quantize_experts(scheme, stage.qat_shared))
+
+    def start() -> GlmMoeDsa:
+        return load_model(_model_in(ctx)).quantize_experts(scheme, stage.qat_shared)
+
+    return _run_stage(ctx, ranks, start)
 
 
-def run_dsa(ctx: StageContext) -> dict[str, float]:
+@in_processes
+def run_dsa(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     """From dense to sparse attention: warm-up of the indexer alone, then adaptation of everything (2.1.1).
 
     `out/warmup` keeps the warmed-up model, which is the paper's "warm-up only" variant. The returned loss_*
@@ -195,6 +227,7 @@ def run_dsa(ctx: StageContext) -> dict[str, float]:
         log=lambda step, **metrics: ctx.log(step, total=total, **metrics),
         tokenizer_dir=_tokenizer_dir(ctx),
         event=ctx.event,
+        ranks=ranks,
     )
     result |= _dense_against_sparse(ctx, settings, load_model(folder), "warmup")
     ctx.event("phase", stage=ctx.name, phase="sparse", steps=settings.steps)
@@ -205,6 +238,7 @@ def run_dsa(ctx: StageContext) -> dict[str, float]:
         log=lambda step, **metrics: ctx.log(step + warm.steps, total=total, **metrics),
         tokenizer_dir=_tokenizer_dir(ctx),
         event=ctx.event,
+        ranks=ranks,
     )
     return result | _dense_against_sparse(ctx, settings, load_model(ctx.checkpoint), "end")
 
@@ -224,7 +258,7 @@ def _dense_against_sparse(ctx: StageContext, phase: Phase, model: GlmMoeDsa, whe
     return result
 
 
-def _run_stage(ctx: StageContext, start: Callable[[], GlmMoeDsa]) -> dict[str, float]:
+def _run_stage(ctx: StageContext, ranks: Ranks, start: Callable[[], GlmMoeDsa]) -> dict[str, float]:
     phase = _phase(ctx, ctx.stage.steps, ctx.model_in)
     return run_phase(
         phase,
@@ -233,6 +267,7 @@ def _run_stage(ctx: StageContext, start: Callable[[], GlmMoeDsa]) -> dict[str, f
         tokenizer_dir=_tokenizer_dir(ctx),
         log=lambda step, **metrics: ctx.log(step, total=phase.steps, **metrics),
         event=ctx.event,
+        ranks=ranks,
     )
 
 
@@ -265,7 +300,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         steps=steps,
         rows=rows,
         batch_rows=stage.batch_rows,
-        micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // 2),
+        micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // max(2, stage.processes)),
         optim=OptimSettings(
             kind=stage.optimizer,
             weight_decay=stage.weight_decay,
@@ -283,6 +318,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         seed=derive(ctx.seed, ctx.name),
         held=HELD_ROWS if isinstance(stage, DSA) else 0,
         workers=stage.threads or ctx.recipe.threads,
+        parallel=stage.parallel,
     )
 
 

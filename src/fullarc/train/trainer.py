@@ -4,7 +4,8 @@
 
 Micro-batches are computed `workers` at a time, each on a thread of its own with one torch thread: at the sizes a
 laptop trains, operations are too small to be split, but whole passes are not. Gradients are added in the order of
-the micro-batches, so the result does not depend on `workers`.
+the micro-batches, so the result does not depend on `workers`. With several processes each computes every n-th
+micro-batch; gradients, counts, metrics and router loads are summed over them before anything is decided.
 
 Invariants: a step either happens completely or, when anything is not finite, not at all (weights and
 optimizer state are untouched and the error says where); parameters outside `trainable` never change; the
@@ -12,8 +13,7 @@ state needed to continue bit for bit is the weights, `state()` and the position 
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from fullarc.config.errors import FullarcError
 from fullarc.train.losses import LossSum
 from fullarc.train.optim import Optimizer, OptimSettings
+from fullarc.train.parallel.owners import ShardedOptimizer
+from fullarc.train.parallel.ranks import ALONE, Ranks
+from fullarc.train.sums import StepSums
 
 LossFn = Callable[[Any, Any], LossSum]
 
@@ -61,6 +64,8 @@ class Trainer:
             accordingly).
         router_bias_rate: size of the loss-free balancing step; 0 = off.
         workers: micro-batches computed at once.
+        ranks: the processes that train this model together; every one of them calls `step` with the same
+            micro-batches, computes its share of them and makes the same update.
     """
 
     def __init__(
@@ -71,10 +76,11 @@ class Trainer:
         trainable: Callable[[str], bool],
         router_bias_rate: float = 0.0,
         workers: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.settings, self.lr = model, settings, lr
         self.router_bias_rate = router_bias_rate
-        self.workers = workers
+        self.workers, self.ranks = workers, ranks
         self.step_number = 0
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
@@ -84,7 +90,12 @@ class Trainer:
         }
         if not self.parameters:
             raise ValueError("no parameter is trainable")
-        self.optimizer = Optimizer(self.parameters, settings, model.config)
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> Optimizer:
+        if self.ranks.size == 1:
+            return Optimizer(self.parameters, self.settings, self.model.config)
+        return ShardedOptimizer(self.parameters, self.settings, self.model.config, self.ranks)
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
         """One update from all micro-batches; returns the step's metrics.
@@ -96,43 +107,43 @@ class Trainer:
         started = time.perf_counter()
         for parameter in self.parameters.values():
             parameter.grad = None
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        count, load_LE = 0.0, None
-        for index, (out, grads) in enumerate(self._passes(micro_batches, loss_fn)):
+        sums = StepSums()
+        mine = range(len(micro_batches))[self.ranks.rank :: self.ranks.size]
+        passes = self._passes([micro_batches[index] for index in mine], loss_fn)
+        for index, (out, grads) in zip(mine, passes, strict=True):
             if not torch.isfinite(out.total):
-                raise self._non_finite(f"the loss of micro-batch {index}")
+                sums.bad = index if sums.bad is None else sums.bad
+                continue  # a pass may be collective: the other ranks count on the rest
             for parameter, grad in zip(self.parameters.values(), grads, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-            count += out.count
-            for name, (total, n) in out.metrics.items():
-                sums[name][0] += total
-                sums[name][1] += n
-            if out.router_load_LE is not None:
-                load_LE = out.router_load_LE if load_LE is None else load_LE + out.router_load_LE
-        if count <= 0:
+            sums.add(out)
+        sums = self._everywhere(sums)
+        if sums.bad is not None:
+            raise self._non_finite(f"the loss of micro-batch {sums.bad}")
+        if sums.count <= 0:
             raise FullarcError(
                 f"Step {self.step_number}: no token of the batch is a training target (all masked).",
                 "Look at loss.npy of the packed rows, or at the filters that made this batch.",
             )
-        norm = self._normalise(count)
+        norm = self._normalise(sums.count)
         lr = self.lr(self.step_number)
         self.optimizer.step(lr)
-        if load_LE is not None and self.router_bias_rate:
-            self.model.update_router_bias(load_LE, self.router_bias_rate)
+        if sums.load_LE is not None and self.router_bias_rate:
+            self.model.update_router_bias(sums.load_LE, self.router_bias_rate)
         self.step_number += 1
-        metrics = {name: total / max(n, 1e-30) for name, (total, n) in sums.items()}
-        if load_LE is not None:
-            metrics["expert_load"] = _imbalance(load_LE)
+        metrics = sums.means()
+        if sums.load_LE is not None:
+            metrics["expert_load"] = _imbalance(sums.load_LE)
         seconds = time.perf_counter() - started
-        return {**metrics, "lr": lr, "grad_norm": norm, "count": count, "seconds": seconds}
+        return {**metrics, "lr": lr, "grad_norm": norm, "count": sums.count, "seconds": seconds}
 
     def _passes(
         self, micro_batches: Sequence[Any], loss_fn: LossFn
     ) -> Iterator[tuple[LossSum, Sequence[Tensor | None]]]:
         """The loss and the gradients of each micro-batch, in order."""
         one_pass = partial(self._pass, loss_fn)
-        if self.workers == 1 or len(micro_batches) == 1:
+        if self.workers == 1 or len(micro_batches) <= 1:
             yield from map(one_pass, micro_batches)
             return
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -146,10 +157,17 @@ class Trainer:
         grads = torch.autograd.grad(out.total, parameters, allow_unused=True)
         return replace(out, total=out.total.detach()), grads
 
+    def _everywhere(self, sums: StepSums) -> StepSums:
+        """The step's sums and gradients over all ranks."""
+        return sums.over(self.ranks, self.parameters.values())
+
+    def _norm(self, grads: Sequence[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(grads))
+
     def _normalise(self, count: float) -> float:
         """Divide the gradients by the step's count, clip, and return the norm before clipping."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / count
+        norm = self._norm(grads) / count
         if not norm < float("inf"):
             raise self._non_finite("the gradient")
         clip = self.settings.clip
@@ -170,11 +188,20 @@ class Trainer:
             "Resume from the last checkpoint with a lower learning rate, or look at this batch.",
         )
 
+    def whole_model(self) -> Any:
+        """The model with all of its weights, on the first rank at least; every rank must ask."""
+        return self.model
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights and buffers of a whole model."""
+        with torch.no_grad():
+            self.model.load_state_dict(state)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values that, with the weights, continue training bit for bit."""
+        """Tensors (of what this rank owns) and JSON values that, with the weights, continue training bit for bit."""
         return self.optimizer.tensors(), {"step": self.step_number, "optimizer": self.settings.kind}
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Take back `state()`.
 
         Raises:

@@ -1,0 +1,87 @@
+"""Optimizer state divided over ranks: every parameter has one owner (ZeRO stage 1; GLM-5 section 2.4).
+
+The owner alone keeps a parameter's moments, runs Newton-Schulz on its matrices or AdamW on its elements, and sends
+the new weights to the others. Besides the sum of the gradients only finished weights travel: no rank gathers
+moments, and no matrix is orthogonalised twice.
+
+Invariant: given equal gradients, the weights are bit for bit those of `Optimizer`, because the update of a
+parameter depends on its own gradients only.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from fullarc.train.optim import (
+    NS_STEPS,
+    HeadShape,
+    Optimizer,
+    OptimSettings,
+    cut,
+    require_gradients,
+    uses_adamw,
+)
+from fullarc.train.parallel.ranks import Ranks
+
+
+def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
+    """An owner for each name: the dearest first, each to the rank with the least so far."""
+    owners, loads = {}, [0.0] * size
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += costs[name]
+    return owners
+
+
+def newton_schulz_cost(name: str, shape: tuple[int, ...], heads: HeadShape, split: bool) -> float:
+    """Multiplications of one update: per block and step a Gram matrix, its square and one product, A <= B."""
+    blocks = [block for _, block in cut(name, torch.empty(shape, device="meta"), heads, split)]
+    flat = [(n, min(a, b), max(a, b)) for n, a, b in blocks]
+    return sum(n * NS_STEPS * (2 * a * a * b + a * a * a) for n, a, b in flat)
+
+
+def owners_of(
+    shapes: Mapping[str, tuple[int, ...]], settings: OptimSettings, heads: HeadShape, size: int
+) -> dict[str, int]:
+    """The owner of each parameter: matrices by what Newton-Schulz costs, the rest by number of elements."""
+    muon: dict[str, float] = {}
+    adamw: dict[str, float] = {}
+    for name, shape in shapes.items():
+        if settings.kind == "adamw" or uses_adamw(name, torch.empty(shape, device="meta")):
+            adamw[name] = prod(shape)
+        else:
+            muon[name] = newton_schulz_cost(name, shape, heads, settings.kind == "muon_split")
+    return share_out(muon, size) | share_out(adamw, size)
+
+
+class ShardedOptimizer(Optimizer):
+    """`Optimizer` over the parameters that this rank owns; `step` also brings the others' new weights."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, heads: HeadShape, ranks: Ranks
+    ) -> None:
+        self.everyone, self.ranks = dict(parameters), ranks
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.owners = owners_of(shapes, settings, heads, ranks.size)
+        mine = {name: p for name, p in parameters.items() if self.owners[name] == ranks.rank}
+        super().__init__(mine, settings, heads)
+
+    def step(self, lr: float) -> None:
+        """One update of all parameters, each by its owner."""
+        require_gradients(self.everyone)
+        super().step(lr)
+        weights = [parameter.data for parameter in self.everyone.values()]
+        self.ranks.spread_(weights, [self.owners[name] for name in self.everyone])
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of the whole state; nothing else of `tensors` is read."""
+        foreign = self.everyone.keys() - self.parameters.keys()
+        super().load_tensors({key: tensors[key] for key in tensors if parameter_of(key) not in foreign})
+
+
+def parameter_of(key: str) -> str:
+    """The parameter that a tensor of the optimizer's state belongs to."""
+    kind, _, rest = key.partition(".")
+    return rest.partition(".")[2] if kind == "adamw" else rest
