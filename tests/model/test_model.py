@@ -286,7 +286,7 @@ def test_absorbed_equals_expanded() -> None:
     from fullarc.model.mla import Visibility
 
     with torch.no_grad():
-        expanded, _ = attention(h, Visibility(cos, sin))
+        expanded, *_ = attention(h, Visibility(cos, sin))
         _, q_nope, q_rope = attention.queries(h, cos, sin)
         latent, k_rope = attention.latents(h, cos, sin)
         allowed = torch.ones(20, 20, dtype=torch.bool).tril()

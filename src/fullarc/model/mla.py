@@ -9,7 +9,7 @@ choice among them. Shape suffixes: see ops.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +92,25 @@ def visible_chunks(
 
 
 @dataclass
-class _Index:
-    """The indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J]."""
+class Index:
+    """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
 
+    Where later layers share its choice, `chosen` remembers it: what was taken of a chunk's keys, by the chunk's start.
+    """
+
+    indexer: Indexer
     queries: Tensor
     keys: Sequence[Tensor]
     weights: Tensor
     learns: bool
+    lends: bool
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """I [B, t, S] over the chunk's keys."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            keys = _join(self.keys, chunk.blocks, 1)
+            return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
 
 
 def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
@@ -107,9 +119,13 @@ def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
 
 
 class MLA(nn.Module):
-    """Latent attention with its indexer."""
+    """Latent attention with its indexer, or, where `indexer` is None, with the choice of an earlier layer's.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        layer: number of the decoder layer; None for the MTP layer, which always has its own.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int | None = None) -> None:
         super().__init__()
         d, self.heads = config.hidden_size, config.num_attention_heads
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -122,7 +138,10 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, config.latent_norm_eps)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, d, bias=False)
-        self.indexer = Indexer(config)
+        self.indexer = Indexer(config) if layer is None or config.has_indexer(layer) else None
+        following = config.num_hidden_layers if layer is None else layer + 1
+        self.lends = following < config.num_hidden_layers and not config.has_indexer(following)
+        self.topk = config.index_topk
 
     # --- projections shared by both forms --------------------
 
@@ -148,8 +167,14 @@ class MLA(nn.Module):
 
     # --- expanded form --------------------
 
-    def forward(self, h_BTD: Tensor, seen: Visibility) -> tuple[Tensor, Tensor | None]:
-        """Attention output [B, T, D] and the indexer's loss (mean KL over rows), None when it is off."""
+    def forward(
+        self, h_BTD: Tensor, seen: Visibility, index: Index | None = None
+    ) -> tuple[Tensor, Tensor | None, Index | None]:
+        """Attention output [B, T, D], the indexer's loss (mean KL over rows; None when it is off), and the indexer.
+
+        A layer without an indexer uses `index`, an earlier layer's. Its loss is then about this layer's attention,
+        and the mean over layers has the gradient of the KL from their mean attention (IndexShare).
+        """
         q_latent, q_nope, q_rope = self.queries(h_BTD, seen.cos, seen.sin)
         latent_BTC, k_rope_BTR = self.latents(h_BTD, seen.cos, seen.sin)
         up = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, self.nope + self.value))
@@ -162,8 +187,9 @@ class MLA(nn.Module):
             out_BHTV = F.scaled_dot_product_attention(
                 q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
             )
-            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None
-        index = self._index(h_BTD, q_latent, seen)
+            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, None
+        if self.indexer is not None:
+            index = self._index(self.indexer, h_BTD, q_latent, seen)
         keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
         outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
         for chunk in seen.chunks:
@@ -184,31 +210,37 @@ class MLA(nn.Module):
                 )
             )
         out_BTD = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2))
-        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1)
+        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1), index
 
-    def _index(self, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> _Index | None:
+    def _index(self, indexer: Indexer, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> Index | None:
         """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
         if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks or ()):
             return None
         with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
             h, latent = h_BTD.detach(), q_latent.detach()
-            return _Index(
-                self.indexer.queries(latent, seen.cos, seen.sin),
-                self.indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
-                self.indexer.head_weights(h),
+            return Index(
+                indexer,
+                indexer.queries(latent, seen.cos, seen.sin),
+                indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
+                indexer.head_weights(h),
                 seen.indexer_loss != "off",
+                self.lends,
             )
 
-    def _choose(self, index: _Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
+    def _choose(self, index: Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
         """Index scores [B, t, S] over the chunk's keys, if needed, and which of the allowed keys are taken."""
         if index is None or not (chunk.sparse or index.learns):
             return None, chunk.allowed_BtS
-        with torch.set_grad_enabled(index.learns and torch.is_grad_enabled()):
-            keys = _join(index.keys, chunk.blocks, 1)
-            scores = self.indexer.scores(index.queries[:, chunk.part], keys, index.weights[:, chunk.part])
+        known = index.chosen.get(chunk.part.start)
+        scores = index.scores(chunk) if known is None or index.learns else None
         if not chunk.sparse:
             return scores, chunk.allowed_BtS
-        return scores, select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.indexer.topk)
+        if known is None:
+            assert scores is not None
+            known = select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.topk)
+            if index.lends:
+                index.chosen[chunk.part.start] = known
+        return scores, known
 
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:
