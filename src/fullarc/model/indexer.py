@@ -61,6 +61,12 @@ class Indexer(nn.Module):
         assert total_BTS is not None
         return total_BTS
 
+    def scores_at(self, q_BtJd: Tensor, k_BSd: Tensor, w_BtJ: Tensor, positions: Tensor) -> Tensor:
+        """I [B, t, k] in fp32 of each query's own keys, at `positions` [B, t, k]."""
+        chosen = torch.stack([k[p] for k, p in zip(k_BSd.float(), positions, strict=True)])
+        dots_BtJk = q_BtJd.float() @ chosen.mT * self.dim**-0.5
+        return (w_BtJ[:, :, None] @ F.relu(dots_BtJk)).squeeze(2)
+
 
 def select(scores: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Boolean [..., S]: the allowed keys among the k best-scored allowed ones; ties go to the lower position.

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.gather import choose, gathered_attention
 from fullarc.model.indexer import Indexer, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
 
+GATHER_FROM = 8  # times the top-k that must be visible
 BLOCK = 128
 LONG_BLOCK = 512
 
@@ -30,14 +33,24 @@ class Chunk:
     Attributes:
         part: the queries' positions in the row.
         blocks: numbers of the blocks of keys, ascending; all others are invisible to all of these queries.
-        allowed_BtS: who may see whom among them, boolean.
+        keys: positions of the keys in these blocks [S].
+        packed_BtS: who may see whom among them, boolean; None when a row is one document, where it is the past.
         sparse: whether the indexer narrows the choice: some query may see more than its top-k.
     """
 
     part: slice
     blocks: list[int]
-    allowed_BtS: Tensor
+    keys: Tensor
+    packed_BtS: Tensor | None
     sparse: bool
+
+    @property
+    def allowed_BtS(self) -> Tensor:
+        """Who may see whom, boolean [B or 1, t, S]."""
+        if self.packed_BtS is not None:
+            return self.packed_BtS
+        index_t = torch.arange(self.part.start, self.part.stop, device=self.keys.device)
+        return (index_t[:, None] >= self.keys)[None]
 
 
 @dataclass
@@ -74,20 +87,23 @@ def visible_chunks(
     """
     block = LONG_BLOCK if doc_ids is None else BLOCK
     index_T = torch.arange(length, device=device)
+    places = index_T.split(block)
     chunks = []
-    for start in range(0, length, block):
-        part = slice(start, min(start + block, length))
-        allowed = (index_T[part, None] >= index_T[None, : part.stop])[None]
-        if doc_ids is not None:
+    for number, queries in enumerate(places):
+        part = slice(number * block, number * block + len(queries))
+        if doc_ids is None:
+            blocks, packed, most = list(range(number + 1)), None, part.stop
+        else:
             same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
             if parent_ids is not None:
                 parent = parent_ids[:, part, None]
                 same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
-            allowed = same & allowed
-        pieces = allowed.split(block, -1)
-        blocks = [number for number, piece in enumerate(pieces) if piece.any()]
-        sparse = topk is not None and int(allowed.sum(-1).max()) > topk
-        chunks.append(Chunk(part, blocks, torch.cat([pieces[number] for number in blocks], -1), sparse))
+            allowed = same & (queries[:, None] >= index_T[None, : part.stop])
+            pieces = allowed.split(block, -1)
+            blocks = [other for other, piece in enumerate(pieces) if piece.any()]
+            packed, most = torch.cat([pieces[other] for other in blocks], -1), int(allowed.sum(-1).max())
+        keys = torch.cat([places[other] for other in blocks])
+        chunks.append(Chunk(part, blocks, keys, packed, topk is not None and most > topk))
     return chunks
 
 
@@ -95,7 +111,8 @@ def visible_chunks(
 class Index:
     """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
 
-    Where later layers share its choice, `chosen` remembers it: what was taken of a chunk's keys, by the chunk's start.
+    Where later layers share its choice, it is remembered by the chunk's start: what was taken of the chunk's keys, as
+    a mask [B, t, S] or, where keys are gathered, as positions [B, t, k] and which of them count.
     """
 
     indexer: Indexer
@@ -104,13 +121,24 @@ class Index:
     weights: Tensor
     learns: bool
     lends: bool
-    chosen: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    positions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def scores(self, chunk: Chunk) -> Tensor:
         """I [B, t, S] over the chunk's keys."""
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             keys = _join(self.keys, chunk.blocks, 1)
             return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
+
+    def scores_at(self, chunk: Chunk, positions: Tensor) -> Tensor:
+        """I [B, t, k] at the positions [B, t, k] of the row only; the backward pass computes it again."""
+        args = (
+            self.queries[:, chunk.part],
+            torch.cat(list(self.keys), 1),
+            self.weights[:, chunk.part],
+            positions,
+        )
+        return checkpoint(self.indexer.scores_at, *args, use_reentrant=False)
 
 
 def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
@@ -191,8 +219,17 @@ class MLA(nn.Module):
         if self.indexer is not None:
             index = self._index(self.indexer, h_BTD, q_latent, seen)
         keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
+        stored_BTW = torch.cat((latent_BTC, k_rope_BTR), -1)
         outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
         for chunk in seen.chunks:
+            if index is not None and self._gathers(chunk, seen):
+                part = chunk.part
+                out, chunk_kl, chunk_rows = self._gathered(
+                    q_nope[:, part], q_rope[:, part], stored_BTW, index, chunk, seen
+                )
+                outs.append(out)
+                kl, rows = kl + chunk_kl, rows + chunk_rows
+                continue
             q_BHtd, k_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
             scores_BtS, mask_BtS = self._choose(index, chunk)
             if scores_BtS is not None and seen.indexer_loss != "off":
@@ -231,7 +268,7 @@ class MLA(nn.Module):
         """Index scores [B, t, S] over the chunk's keys, if needed, and which of the allowed keys are taken."""
         if index is None or not (chunk.sparse or index.learns):
             return None, chunk.allowed_BtS
-        known = index.chosen.get(chunk.part.start)
+        known = index.masks.get(chunk.part.start)
         scores = index.scores(chunk) if known is None or index.learns else None
         if not chunk.sparse:
             return scores, chunk.allowed_BtS
@@ -239,8 +276,41 @@ class MLA(nn.Module):
             assert scores is not None
             known = select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.topk)
             if index.lends:
-                index.chosen[chunk.part.start] = known
+                index.masks[chunk.part.start] = known
         return scores, known
+
+    # --- gathered form --------------------
+
+    def _gathers(self, chunk: Chunk, seen: Visibility) -> bool:
+        """Whether a chunk's queries see so much more than their choice that gathering it is worth the copies."""
+        return chunk.sparse and seen.indexer_loss != "dense" and len(chunk.keys) >= GATHER_FROM * self.topk
+
+    def _gathered(
+        self, q_nope: Tensor, q_rope: Tensor, stored_BTW: Tensor, index: Index, chunk: Chunk, seen: Visibility
+    ) -> tuple[Tensor, Tensor | float, Tensor | int]:
+        """Output [B, H, t, V] of a chunk's queries [B, t, H, N|R], the indexer's KL summed over rows, and the rows."""
+        up_k, up_v = self.up_projections()
+        positions, counts = self._positions(index, chunk)
+        q_BtHW = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, up_k), q_rope), -1)
+        out_BtHC, p_BtHk = gathered_attention(q_BtHW, stored_BTW, positions, counts, self.latent, self.scale)
+        out_BHtV = torch.einsum("bthc,hvc->bhtv", out_BtHC, up_v)
+        if seen.indexer_loss == "off":
+            return out_BHtV, 0.0, 0
+        support = counts if seen.valid_BT is None else counts & seen.valid_BT[:, chunk.part, None]
+        kl, rows = indexer_kl(index.scores_at(chunk, positions), p_BtHk.transpose(1, 2), support)
+        return out_BHtV, kl, rows
+
+    @torch.no_grad()
+    def _positions(self, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The keys that each of a chunk's queries takes: positions in the row [B, t, k], and which of them count."""
+        known = index.positions.get(chunk.part.start)
+        if known is None:
+            scores = index.scores(chunk)
+            positions, counts = choose(scores, chunk.allowed_BtS.expand_as(scores), self.topk)
+            known = chunk.keys[positions], counts
+            if index.lends:
+                index.positions[chunk.part.start] = known
+        return known
 
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:
