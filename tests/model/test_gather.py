@@ -1,5 +1,7 @@
 """Gathered sparse attention against the masked one, in double precision and through the whole model."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa
 from fullarc.model import mla as mla_module
 from fullarc.model.gather import choose, gathered_attention
-from fullarc.model.indexer import select
+from fullarc.model.indexer import Indexer, select
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=3, intermediate_size=48,
@@ -68,13 +70,16 @@ def test_outputs_and_gradients_are_those_of_attention_written_out():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", "continued", "apart"])
 @pytest.mark.parametrize("types", [(), ("full", "shared", "shared")])
 def test_the_model_is_the_same_gathered_and_masked(blocks, packed, types):
     model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5).double()
     ids = torch.randint(0, 61, (2, 120), generator=torch.Generator().manual_seed(6))
     docs = parents = None
-    if packed:
+    if packed == "apart":  # the second documents see blocks that do not begin at 0
+        docs = torch.ones_like(ids)
+        docs[0, 50:], docs[1, 60:] = 2, 2
+    elif packed:
         docs = torch.ones_like(ids)
         docs[0, 90:], docs[1, 60:100], docs[1, 100:] = 2, 2, 0
         parents = torch.zeros_like(ids)
@@ -113,3 +118,34 @@ def test_one_document_a_row_needs_no_square_of_booleans():
     assert all(chunk.packed_BtS is None for chunk in chunks)
     last = chunks[-1].allowed_BtS
     assert last.shape == (1, 512, 4096) and last[0, 0].sum() == 3585 and last[0, -1].all()
+
+
+def test_tiles_change_nothing_but_rounding():
+    generator = torch.Generator().manual_seed(3)
+    indexer = Indexer(ModelConfig(**SMALL))
+    q, k, w = (torch.randn(s, generator=generator) for s in ((2, 150, 8, 8), (2, 1500, 8), (2, 150, 8)))
+    assert torch.allclose(indexer.tiled_scores(q, k, w), indexer.scores(q, k, w), atol=1e-5)
+    positions = torch.randint(0, 1500, (2, 150, 9), generator=generator)
+    expected = indexer.scores(q, k, w).gather(-1, positions)
+    assert torch.allclose(indexer.scores_at(q, k, w, positions), expected, atol=1e-5)
+
+
+def counted(original, count, *args):
+    count.append(1)
+    return original(*args)
+
+
+@pytest.mark.parametrize("times", [4, 100])
+def test_layers_that_share_a_choice_do_not_make_it_again(blocks, times):
+    blocks(times)
+    calls = {}
+    for types in (("full",) * 3, ("full", "shared", "shared")):
+        model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5)
+        count = []
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            for name in ("select", "choose"):
+                original = getattr(mla_module, name)
+                patch.setattr(mla_module, name, partial(counted, original, count))
+            model.trunk(torch.randint(0, 61, (1, 120), generator=torch.Generator().manual_seed(6)))
+        calls[types[1]] = len(count)
+    assert calls["full"] == 3 * calls["shared"] > 0

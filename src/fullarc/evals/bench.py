@@ -1,7 +1,7 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
-fullarc bench train [--json] [--save]
+fullarc bench train|dsa [--json] [--save]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from fullarc.config.files import atomic_write
 AREAS = {
     "arc": "the whole laptop recipe, raw text to agent",
     "train": "a training step against transformers, and where its time goes",
+    "dsa": "sparse against dense attention, by length",
 }
 BASELINES = Path("bench/baselines")
 
@@ -38,13 +39,16 @@ def run(
     """
     if area not in AREAS:
         raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
-    if area == "train":
+    if area != "arc":
         if seeds or from_runs or recipe or thorough:
-            raise UsageError("bench train has no runs: it takes no seeds, runs or recipe.", "Leave them out.")
+            raise UsageError(
+                f"bench {area} has no runs: it takes no seeds, runs or recipe.", "Leave them out."
+            )
         from fullarc.config.machine import machine
-        from fullarc.evals import bench_train
+        from fullarc.evals import bench_dsa, bench_train
 
-        return {"area": area, "machine": machine(), "claims": bench_train.claims()}
+        claims = bench_train.claims() if area == "train" else bench_dsa.claims()
+        return {"area": area, "machine": machine(), "claims": claims}
     from fullarc.evals import bench_arc
 
     folders = list(from_runs) or [

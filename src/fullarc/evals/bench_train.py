@@ -166,7 +166,7 @@ def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[st
         mine, plain = in_turn([ours.step, theirs.step], repeats)
         tokens = ROWS * LENGTH
         out.append(
-            _claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
+            claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
                    plain / mine >= 3, f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s")
         )  # fmt: skip
         del ours, theirs
@@ -176,12 +176,12 @@ def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[st
         (whole,) = in_turn([alone.step], repeats)
         share = 100 * products.seconds_alone(repeats) / whole
         out.append(
-            _claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
+            claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
                    share >= 60, f"{sum(products.seen.values())} products, one thread")
         )  # fmt: skip
         shared = max(launch(_seconds_of_a_rank, PROCESSES, config, ROWS, alone.length, repeats))
         out.append(
-            _claim(f"training step, {size}: {PROCESSES} processes against one", whole / shared, "x", ">= 1.6",
+            claim(f"training step, {size}: {PROCESSES} processes against one", whole / shared, "x", ">= 1.6",
                    whole / shared >= 1.6, f"the same with {cores} threads in one process: {whole / mine:.2f} x")
         )  # fmt: skip
         out.append(_muon_claim(config, size, repeats))
@@ -210,7 +210,7 @@ def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
         whole.append(time.perf_counter() - began)
     share = 100 * statistics.median(muon[1:]) / statistics.median(whole[1:])
     tokens = LARGE_BATCH * LENGTH
-    return _claim(
+    return claim(
         f"optimizer's share of a step of {tokens:,} tokens, {size}",
         share,
         "%",
@@ -220,7 +220,8 @@ def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
     )
 
 
-def _claim(name: str, value: float, unit: str, target: str, ok: bool, detail: str) -> dict[str, Any]:
+def claim(name: str, value: float, unit: str, target: str, ok: bool | None, detail: str) -> dict[str, Any]:
+    """One line of a bench that has neither seeds nor a stored baseline."""
     return {
         "name": name, "value": round(value, 3), "unit": unit, "baseline": None, "target": target, "seeds": [0],
         "spread": None, "ok": ok, "detail": [detail],

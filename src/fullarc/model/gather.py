@@ -13,6 +13,7 @@ Shapes: B rows, t queries, H heads, S keys, k chosen, C latent, W = C + R (laten
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,17 +27,29 @@ QUERIES = (
 def choose(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The keys that `indexer.select` takes, as positions: [..., k] ascending, and which of them count [..., k].
 
-    Rows with fewer than k allowed keys are filled up with positions that do not count.
+    There must be more than k keys. Rows with fewer than k allowed ones are filled up with positions that do not count.
     """
     masked = scores.masked_fill(~allowed, -torch.inf)
-    values, positions = masked.topk(k, dim=-1, sorted=False)
-    tied = (masked >= values.amin(-1, keepdim=True)).sum(-1) > k
-    tied &= values.amin(-1) > -torch.inf
+    best, last, following = _partition(masked, k)
+    tied = (last == following) & (last > -torch.inf)
     if tied.any():
-        exact = select(scores[tied], allowed[tied], k)
-        positions[tied] = exact.nonzero()[:, 1].view(-1, k)
-    positions = positions.sort(-1).values
-    return positions, allowed.gather(-1, positions)
+        best[tied] = select(scores[tied], allowed[tied], k).nonzero()[:, 1].view(-1, k)
+    best = best.sort(-1).values
+    return best, allowed.gather(-1, best)
+
+
+def _partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of k best scores [..., k] in any order, the k-th best score and the one after it [...].
+
+    On a CPU by numpy, whose partition uses the vector unit: half the time of torch's.
+    """
+    if scores.device.type == "cpu":
+        cut = scores.shape[-1] - k
+        order = torch.from_numpy(np.argpartition(scores.numpy(), [cut - 1, cut], axis=-1))
+        border = scores.gather(-1, order[..., cut - 1 : cut + 1])
+        return order[..., cut:], border[..., 1], border[..., 0]
+    values, positions = scores.topk(k + 1, dim=-1)
+    return positions[..., :k], values[..., k - 1], values[..., k]
 
 
 class _Gathered(torch.autograd.Function):
