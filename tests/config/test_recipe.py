@@ -131,5 +131,7 @@ def test_the_744b_recipe_is_the_released_model_to_the_number() -> None:
     same = [key for key in type(recipe.model).model_fields if hasattr(config, key)]
     different = {key: (getattr(recipe.model, key), getattr(config, key)) for key in same}
     different = {key: pair for key, pair in different.items() if pair[0] != pair[1] and pair[1] is not None}
-    assert set(different) <= {"eos_token_id", "pad_token_id"} and len(same) > 20, different
+    assert set(different) <= {"eos_token_id", "pad_token_id", "indexer_types"} and len(same) > 20, different
+    ours = ["full" if recipe.model.has_indexer(layer) else "shared" for layer in range(78)]
+    assert ours == config.indexer_types
     assert 743e9 < recipe.model.parameter_count() < 745e9

@@ -22,7 +22,12 @@ ODD = TINY | dict(
     qk_nope_head_dim=10, n_routed_experts=5, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=28,
     index_head_dim=14,
 )  # fmt: skip
-SHAPES = {"sparse": TINY, "dense": TINY | dict(index_topk=512), "odd": ODD}
+SHAPES = {
+    "sparse": TINY,
+    "dense": TINY | dict(index_topk=512),
+    "odd": ODD,
+    "shared": TINY | dict(indexer_types=("full", "shared", "full")),  # IndexShare
+}
 
 
 def build_model(shape: str = "sparse", seed: int = 1, std: float = 0.25) -> GlmMoeDsa:

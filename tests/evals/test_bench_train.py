@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fullarc.config.errors import UsageError
 from fullarc.config.model import preset
 from fullarc.evals import bench, bench_train
 
@@ -18,7 +19,7 @@ def small(monkeypatch):
 @pytest.mark.slow
 def test_every_claim_is_measured_for_every_size():
     found = bench_train.claims(("nano",), 1)
-    assert [claim["unit"] for claim in found] == ["x", "%", "%"]
+    assert [claim["unit"] for claim in found] == ["x", "%", "x", "%"]
     assert all(claim["value"] > 0 and isinstance(claim["ok"], bool) for claim in found)
     share = found[1]
     assert share["value"] < 100, "the products are a part of the step"
@@ -47,3 +48,8 @@ def test_both_sides_train_the_same_number_of_weights():
     theirs = bench_train.Theirs(preset("nano"), 2, 1).model
     count = sum(p.numel() for n, p in ours.named_parameters() if not n.startswith("mtp_layer"))
     assert count == sum(p.numel() for p in theirs.parameters())
+
+
+def test_options_of_another_bench_are_refused(capsys):
+    with pytest.raises(UsageError, match="takes no seeds"):
+        bench.main(["train", "--seeds", "1,2"])

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers import GlmMoeDsaForCausalLM
 
 from fullarc.config.model import ModelConfig
+from fullarc.evals.bench_train import transformers_config
 
 TINY: dict[str, Any] = dict(
     vocab_size=97, hidden_size=64, num_hidden_layers=4, first_k_dense_replace=1, intermediate_size=96,
@@ -24,10 +25,7 @@ def tiny_config(**overrides: Any) -> ModelConfig:
 def reference_model(config: ModelConfig, std: float = 0.2, seed: int = 0) -> GlmMoeDsaForCausalLM:
     """A transformers model with large random weights, perturbed norms and non-zero balancing biases."""
     torch.manual_seed(seed)
-    fields = config.to_hf()
-    for key in ("architectures", "latent_norm_eps", "dtype"):
-        fields.pop(key)
-    model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**fields)).float().eval()
+    model = GlmMoeDsaForCausalLM(transformers_config(config)).float().eval()
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):

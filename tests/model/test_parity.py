@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from hf_reference import reference_model, saved_reference, tiny_config
 from torch import Tensor
-from transformers import GlmMoeDsaForCausalLM
+from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 import fullarc.model.indexer as indexer_module
+import fullarc.model.mla as mla_module
+from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint, save_model
 
 ATOL = 5e-5
@@ -41,7 +43,14 @@ def test_logits_agree(pair: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"n_group": 4, "topk_group": 2}, {"index_n_heads": 32}, {"rope_theta": 1e6}]
+    "overrides",
+    [
+        {"n_group": 4, "topk_group": 2},
+        {"index_n_heads": 32},
+        {"rope_theta": 1e6},
+        {"index_topk_freq": 3, "index_skip_topk_offset": 1},  # IndexShare: layers 0 and 3 choose
+        {"indexer_types": ("full", "shared", "full", "shared")},
+    ],
 )
 def test_logits_agree_for_other_shapes(overrides: dict, tmp_path: Path) -> None:
     config = tiny_config(num_nextn_predict_layers=0, **overrides)
@@ -49,6 +58,44 @@ def test_logits_agree_for_other_shapes(overrides: dict, tmp_path: Path) -> None:
     ids = torch.randint(0, config.vocab_size, (2, 64))
     with torch.no_grad():
         assert difference(reference(ids).logits, load_model(tmp_path)(ids).logits) < ATOL
+
+
+def test_indexers_are_where_the_released_numbers_put_them() -> None:
+    """GLM-5.2: every fourth layer after the first three; transformers derives the same list."""
+    config = ModelConfig(index_topk_freq=4, index_skip_topk_offset=3)
+    full = [layer for layer in range(78) if config.has_indexer(layer)]
+    assert full == [0, 1, *range(2, 78, 4)] and len(full) == 21
+    fields = {key: config.to_hf()[key] for key in ("index_topk_freq", "index_skip_topk_offset")}
+    theirs = GlmMoeDsaConfig(num_hidden_layers=78, **fields).indexer_types
+    assert [layer for layer, kind in enumerate(theirs) if kind == "full"] == full
+    by_pattern = ModelConfig.from_hf(tiny_config().to_hf() | {"index_topk_pattern": "FSFS"})
+    assert [by_pattern.has_indexer(layer) for layer in range(4)] == [True, False, True, False]
+    assert ModelConfig.from_hf(by_pattern.to_hf()) == by_pattern
+    shared = tiny_config(indexer_types=("full", "shared", "shared", "full"))
+    assert sum(p.numel() for p in GlmMoeDsa(shared).parameters()) == shared.parameter_count(with_mtp=True)
+
+
+def test_a_shared_indexer_learns_from_all_layers_that_it_serves() -> None:
+    """The mean of the layers' KL has the gradient of the KL from their mean attention (arXiv 2603.12201)."""
+    config = tiny_config(num_hidden_layers=3, indexer_types=("full", "shared", "shared"))
+    model, seen = GlmMoeDsa(config).init_weights(3), []
+    ids = torch.randint(0, config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
+    original = mla_module.indexer_kl
+
+    def watched(scores: Tensor, attention: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((scores, attention, support))
+        return original(scores, attention, support)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla_module, "indexer_kl", watched)
+        loss = model.trunk(ids, indexer_loss="dense").index_kl
+    indexer = model.layers[0].self_attn.indexer
+    gradient = torch.autograd.grad(loss, list(indexer.parameters()), retain_graph=True)
+    mean = sum(attention for _, attention, _ in seen) / 3  # heads are summed and rows normalised inside
+    kl, rows = original(seen[0][0], mean, seen[0][2])
+    expected = torch.autograd.grad(kl / rows, list(indexer.parameters()))
+    for ours, by_hand in zip(gradient, expected, strict=True):
+        assert ours.abs().max() > 0 and torch.allclose(ours, by_hand, atol=1e-6)
 
 
 @pytest.mark.slow  # imports compressed_tensors

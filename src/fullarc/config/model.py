@@ -7,7 +7,7 @@ which selects every key and gives the same logits in any implementation of the f
 Source: GLM-5 paper, Table 10 and the released configuration.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,6 +45,15 @@ class ModelConfig(BaseModel):
     index_topk: int = Field(
         2048, gt=0, description="keys a query attends to; >= positions means dense attention"
     )
+    index_topk_freq: int = Field(
+        1, gt=0, description="IndexShare: one layer of so many has an indexer, the next ones use its choice"
+    )
+    index_skip_topk_offset: int = Field(
+        2, gt=0, description="IndexShare: the first layers, all with their own"
+    )
+    indexer_types: tuple[Literal["full", "shared"], ...] = Field(
+        (), description="IndexShare layer by layer; empty = as the two numbers say"
+    )
     max_position_embeddings: int = Field(202752, gt=0)
     rope_theta: float = Field(1_000_000.0, gt=0)
     rms_norm_eps: float = Field(1e-5, gt=0)
@@ -78,12 +87,30 @@ class ModelConfig(BaseModel):
             self.first_k_dense_replace <= self.num_hidden_layers,
             "first_k_dense_replace exceeds num_hidden_layers",
         )
+        types = self.indexer_types
+        need(
+            len(types) in (0, self.num_hidden_layers),
+            "indexer_types must name every one of the num_hidden_layers layers",
+        )
+        need(
+            "shared" not in types[:1],
+            "indexer_types must begin with full: there is nothing to share before",
+        )
         return self
 
     @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head: nope + rope."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a decoder layer chooses its keys itself; else it takes the choice of the last one that does.
+
+        Every layer of GLM-5 does. IndexShare (arXiv 2603.12201): GLM-5.2 has 4 and 3 here, so 0, 1, 2, 6, 10, …
+        """
+        if self.indexer_types:
+            return self.indexer_types[layer] == "full"
+        return max(layer - self.index_skip_topk_offset + 1, 0) % self.index_topk_freq == 0
 
     @property
     def dense_attention(self) -> bool:
@@ -100,13 +127,14 @@ class ModelConfig(BaseModel):
         index += 2 * self.index_head_dim + d * self.index_n_heads
         expert = 3 * d * self.moe_intermediate_size
         moe = (self.n_routed_experts + self.n_shared_experts) * expert + self.n_routed_experts * d
-        common = mla + index + 2 * d
+        common = mla + 2 * d
         sparse_layers = self.num_hidden_layers - self.first_k_dense_replace
         total = self.num_hidden_layers * common + sparse_layers * moe
         total += self.first_k_dense_replace * 3 * d * self.intermediate_size
+        total += sum(map(self.has_indexer, range(self.num_hidden_layers))) * index
         total += 2 * self.vocab_size * d + d
         if with_mtp:
-            total += self.num_nextn_predict_layers * (common + moe + 2 * d * d + 3 * d)
+            total += self.num_nextn_predict_layers * (common + index + moe + 2 * d * d + 3 * d)
         return total
 
     def to_hf(self) -> dict[str, Any]:
@@ -114,6 +142,7 @@ class ModelConfig(BaseModel):
         fields = self.model_dump()
         theta = fields.pop("rope_theta")
         fields["eos_token_id"] = list(fields["eos_token_id"])
+        fields["indexer_types"] = list(self.indexer_types) or None
         return {
             "architectures": ["GlmMoeDsaForCausalLM"],
             "model_type": "glm_moe_dsa",
@@ -149,6 +178,9 @@ class ModelConfig(BaseModel):
         values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
         eos = values.get("eos_token_id", ())
         values["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        if not values.get("indexer_types") and isinstance(config.get("index_topk_pattern"), str):
+            kinds = {"F": "full", "S": "shared"}
+            values["indexer_types"] = tuple(kinds.get(kind, kind) for kind in config["index_topk_pattern"])
         try:
             return cls(**values)
         except ValueError as error:

@@ -63,9 +63,10 @@ def run(ctx: StageContext) -> dict[str, Any]:
     tokens = 0
     for name, stage in ctx.recipe.stages.items():
         rows = folder / "rows" / name
-        if isinstance(stage, Pretrain) and not is_complete(rows):
-            meta = pretrain_rows(documents, tok, rows, stage.seq_len, derive(ctx.seed, name, "rows"))
-            tokens = meta["n_tokens"]
+        if isinstance(stage, Pretrain):
+            if not is_complete(rows):
+                pretrain_rows(documents, tok, rows, stage.seq_len, derive(ctx.seed, name, "rows"))
+            tokens = json.loads((rows / "meta.json").read_text())["n_tokens"]
     ctx.event("data_ready", documents=report["train_documents"], bytes=report["train_bytes"], tokens=tokens)
     return {
         "documents": report["train_documents"],

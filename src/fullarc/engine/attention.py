@@ -108,23 +108,30 @@ def _index_scores(dots_NJS: Tensor, w_NJ: Tensor) -> Tensor:
     return total
 
 
-def attend(
-    q_NAW: Tensor, index: tuple[Tensor, Tensor] | None, grid: Grid, keys: Tensor, values: Tensor, topk: int
-) -> Tensor:
+def choose(iq_NJI: Tensor, w_NJ: Tensor, grid: Grid, keys: Tensor, topk: int) -> Tensor:
+    """What the indexer lets a grid's queries see, as 0 | -inf [N, S]; all they may where that is at most `topk` keys.
+
+    `iq_NJI` and `w_NJ` are the indexer's queries and head weights, `keys` one layer's cache [G, W + I, P].
+    """
+    if grid.longest < topk:
+        return grid.bias_NS
+    (*shape, dim), size = iq_NJI.shape, grid.bias_NS.shape[-1]
+    index_keys = keys[grid.slots, -dim:, :size]
+    dots = torch.bmm(iq_NJI.reshape(len(index_keys), -1, dim), index_keys)
+    chosen_NS = select(_index_scores(dots.view(*shape, size), w_NJ), grid.causal_NS, topk)
+    return torch.where(chosen_NS, 0.0, -torch.inf)
+
+
+def attend(q_NAW: Tensor, bias_NS: Tensor, grid: Grid, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of a grid's queries: latents [N, A, C].
 
-    `keys` [G, W + I, P] and `values` [G, P, C] are one layer's cache and already hold the runs themselves. `index`,
-    the queries [N, J, I] and head weights [N, J] of the indexer, is needed when a query sees more than `topk` keys.
+    `keys` [G, W + I, P] and `values` [G, P, C] are one layer's cache and already hold the runs themselves. `bias_NS`
+    says which keys a query sees, as 0 | -inf.
     """
-    (queries, heads, width), size = q_NAW.shape, grid.bias_NS.shape[-1]
-    keys, values, bias_NS = keys[grid.slots, :, :size], values[grid.slots, :size], grid.bias_NS
+    (queries, heads, width), size = q_NAW.shape, bias_NS.shape[-1]
+    keys, values = keys[grid.slots, :width, :size], values[grid.slots, :size]
     runs = len(keys)
-    if index is not None and grid.longest >= topk:
-        iq_NJI, w_NJ = index
-        dots = torch.bmm(iq_NJI.reshape(runs, -1, iq_NJI.shape[-1]), keys[:, width:])
-        chosen_NS = select(_index_scores(dots.view(*iq_NJI.shape[:2], size), w_NJ), grid.causal_NS, topk)
-        bias_NS = torch.where(chosen_NS, 0.0, -torch.inf)
-    scores = torch.bmm(q_NAW.reshape(runs, -1, width), keys[:, :width])
+    scores = torch.bmm(q_NAW.reshape(runs, -1, width), keys)
     scores.view(queries, heads, size).add_(bias_NS[:, None])
     p = scores.softmax(-1)
     out = torch.bmm(p[..., :TILE], values[:, :TILE])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullarc.engine.attention import Grid, Run, attend, decoding_grid, prompt_grids, rotate
+from fullarc.engine.attention import Grid, Run, attend, choose, decoding_grid, prompt_grids, rotate
 from fullarc.engine.cache import Cache
 from fullarc.engine.weights import AttentionWeights, EngineWeights, FFNWeights, MoEWeights, padded_heads
 from fullarc.model.moe import ROW_BLOCK, dispatch
@@ -43,6 +43,7 @@ class _Batch:
     Attributes:
         cos, sin: [N, R], once for each half.
         gather: rows in the order of the grids; back: for each row its place there.
+        biases: what each grid's queries see in the present layer, as 0 | -inf; layers without an indexer keep it.
     """
 
     slots_N: Tensor
@@ -52,6 +53,7 @@ class _Batch:
     grids: list[Grid]
     gather: Tensor
     back_N: Tensor
+    biases: list[Tensor]
 
 
 class Core:
@@ -111,6 +113,7 @@ class Core:
             grids,
             torch.tensor(gather).clamp_min_(0),
             torch.tensor([place[row] for row in range(len(ids))] + [0] * padding),
+            [grid.bias_NS for grid in grids],
         )
         return torch.tensor(ids + [0] * padding), batch
 
@@ -118,34 +121,43 @@ class Core:
         c = self.weights.config
         rope, eps = c.qk_rope_head_dim, c.latent_norm_eps
         parts = torch.mm(_norm(h_ND, w.norm, c.rms_norm_eps), w.hidden)
-        q_latent, latent, k_rope, k_index, w_NJ = parts.split(
-            (c.q_lora_rank, c.kv_lora_rank, rope, c.index_head_dim, c.index_n_heads), dim=-1
+        q_latent, latent, k_rope, for_index = parts.tensor_split(
+            (c.q_lora_rank, c.q_lora_rank + c.kv_lora_rank, c.q_lora_rank + self.cache.width), dim=-1
         )
         latent = _norm(latent, w.kv_norm, eps)
-        k_index = F.layer_norm(k_index, (c.index_head_dim,), *w.index_norm, eps=1e-6)
-        new_keys = torch.cat((latent, k_rope, k_index), -1)
+        new_keys = torch.cat((latent, k_rope), -1)
+        if w.index_norm is not None:
+            k_index = F.layer_norm(
+                for_index[:, : c.index_head_dim], (c.index_head_dim,), *w.index_norm, eps=1e-6
+            )
+            new_keys = torch.cat((new_keys, k_index), -1)
         cos, sin = batch.cos[:, None], batch.sin[:, None]
         # the main key and the index key rotate neighbouring columns
-        rotate(new_keys[:, c.kv_lora_rank :][:, : 2 * rope].unflatten(-1, (2, rope)), cos, sin)
+        rotate(new_keys[:, c.kv_lora_rank :][:, : 2 * rope].unflatten(-1, (-1, rope)), cos, sin)
         keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[batch.slots_N, :, batch.positions_N] = new_keys
+        keys[batch.slots_N, : new_keys.shape[1], batch.positions_N] = new_keys
         values[batch.slots_N, batch.positions_N] = latent
 
         q_latent = _norm(q_latent, w.q_norm, eps)
         q_NAW = torch.mm(q_latent, w.q).unflatten(-1, (padded_heads(c), self.cache.width))
         rotate(q_NAW[..., c.kv_lora_rank :], cos, sin)
         q_NAW = q_NAW.index_select(0, batch.gather)
+        starts = itertools.accumulate((len(grid.rows) for grid in batch.grids), initial=0)
+        parts_of = [slice(at, at + len(grid.rows)) for at, grid in zip(starts, batch.grids, strict=False)]
         topk = self.cache.max_len if c.dense_attention else c.index_topk
-        index = None
-        if any(grid.longest >= topk for grid in batch.grids):
+        if w.index_q is not None and any(grid.longest >= topk for grid in batch.grids):
             iq_NJI = torch.mm(q_latent, w.index_q).unflatten(-1, (c.index_n_heads, c.index_head_dim))
             rotate(iq_NJI[..., :rope], cos, sin)
-            index = iq_NJI.index_select(0, batch.gather), w_NJ.index_select(0, batch.gather)
-        outs, at = [], 0
-        for grid in batch.grids:
-            own = slice(at, at := at + len(grid.rows))
-            mine = index and (index[0][own], index[1][own])
-            outs.append(attend(q_NAW[own], mine, grid, keys, values, topk))
+            iq_NJI = iq_NJI.index_select(0, batch.gather)
+            w_NJ = for_index[:, c.index_head_dim :].index_select(0, batch.gather)
+            batch.biases = [
+                choose(iq_NJI[own], w_NJ[own], grid, keys, topk)
+                for own, grid in zip(parts_of, batch.grids, strict=True)
+            ]
+        outs = [
+            attend(q_NAW[own], bias_NS, grid, keys, values)
+            for own, bias_NS, grid in zip(parts_of, batch.biases, batch.grids, strict=True)
+        ]
         return torch.mm(torch.cat(outs).index_select(0, batch.back_N).flatten(1), w.out)
 
 

@@ -33,15 +33,15 @@ def padded_heads(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One layer's attention; see the module's docstring. `q` has columns [A * W | J * index dim]."""
+    """One layer's attention; see the module's docstring. A layer that shares an earlier one's choice has no index_*."""
 
     norm: Tensor
     hidden: Tensor
     q_norm: Tensor
     kv_norm: Tensor
-    index_norm: tuple[Tensor, Tensor]
+    index_norm: tuple[Tensor, Tensor] | None
     q: Tensor
-    index_q: Tensor
+    index_q: Tensor | None
     out: Tensor
 
 
@@ -106,29 +106,29 @@ def _attention(norm: Tensor, mla: MLA, config: ModelConfig) -> AttentionWeights:
     out_ACD = q_HdQ.new_zeros(padded_heads(c), c.kv_lora_rank, c.hidden_size)
     out_ACD[:heads] = torch.einsum("hvc,dhv->hcd", up_v_HVC, out_DHV)
 
-    index, rope = mla.indexer, c.qk_rope_head_dim
-    wq_JdQ = index.wq_b.weight.unflatten(0, (index.heads, index.dim))
-    wq_JdQ = torch.cat((_halves(wq_JdQ[:, :rope]), wq_JdQ[:, rope:]), 1)
-    kv = mla.kv_a_proj_with_mqa.weight
-    # the index key passes a LayerNorm before RoPE: re-order its rows and the norm's parameters alike
-    order = torch.cat((torch.arange(0, rope, 2), torch.arange(1, rope, 2), torch.arange(rope, index.dim)))
-    hidden = torch.cat(
-        (
-            mla.q_a_proj.weight,
-            kv[: c.kv_lora_rank],
-            _halves(kv[c.kv_lora_rank :]),
+    kv, index = mla.kv_a_proj_with_mqa.weight, mla.indexer
+    hidden = [mla.q_a_proj.weight, kv[: c.kv_lora_rank], _halves(kv[c.kv_lora_rank :])]
+    index_norm, index_q = None, None
+    if index is not None:
+        rope = c.qk_rope_head_dim
+        # the index key passes a LayerNorm before RoPE: re-order its rows and the norm's parameters alike
+        order = torch.cat((torch.arange(0, rope, 2), torch.arange(1, rope, 2), torch.arange(rope, index.dim)))
+        hidden += [
             index.wk.weight[order],
             index.weights_proj.weight * (index.heads * index.dim) ** -0.5,
-        )
-    )
+        ]
+        index_norm = index.k_norm.weight[order], index.k_norm.bias[order]
+        wq_JdQ = index.wq_b.weight.unflatten(0, (index.heads, index.dim))
+        wq_JdQ = torch.cat((_halves(wq_JdQ[:, :rope]), wq_JdQ[:, rope:]), 1)
+        index_q = wq_JdQ.flatten(0, 1).T.contiguous()
     return AttentionWeights(
         norm=norm,
-        hidden=hidden.T.contiguous(),
+        hidden=torch.cat(hidden).T.contiguous(),
         q_norm=mla.q_a_layernorm.weight,
         kv_norm=mla.kv_a_layernorm.weight,
-        index_norm=(index.k_norm.weight[order], index.k_norm.bias[order]),
+        index_norm=index_norm,
         q=query_AWQ.flatten(0, 1).float().T.contiguous(),
-        index_q=wq_JdQ.flatten(0, 1).T.contiguous(),
+        index_q=index_q,
         out=out_ACD.flatten(0, 1).float(),
     )
 

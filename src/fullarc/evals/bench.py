@@ -1,7 +1,7 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
-fullarc bench train [--json] [--save]
+fullarc bench train|dsa [--json] [--save]
 """
 
 import argparse
@@ -17,13 +17,14 @@ from fullarc.config.files import atomic_write
 AREAS = {
     "arc": "the whole laptop recipe, raw text to agent",
     "train": "a training step against transformers, and where its time goes",
+    "dsa": "sparse against dense attention, by length",
 }
 BASELINES = Path("bench/baselines")
 
 
 def run(
     area: str,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (),
     from_runs: Sequence[Path] = (),
     recipe: Path | None = None,
     runs_dir: Path = Path("runs/bench"),
@@ -32,21 +33,26 @@ def run(
     """Measure an area: {"machine", "claims": [{"name", "value", "unit", "baseline", "target", "seeds", "ok", …}]}.
 
     Args:
-        seeds: one fresh run each.
+        seeds: one fresh run each; 0 alone if none is given.
         from_runs: finished run folders to read instead of running anything.
         thorough: ask their checkpoints more questions than their run did, as fresh runs always are.
     """
     if area not in AREAS:
         raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
-    if area == "train":
+    if area != "arc":
+        if seeds or from_runs or recipe or thorough:
+            raise UsageError(
+                f"bench {area} has no runs: it takes no seeds, runs or recipe.", "Leave them out."
+            )
         from fullarc.config.machine import machine
-        from fullarc.evals import bench_train
+        from fullarc.evals import bench_dsa, bench_train
 
-        return {"area": area, "machine": machine(), "claims": bench_train.claims()}
+        claims = bench_train.claims() if area == "train" else bench_dsa.claims()
+        return {"area": area, "machine": machine(), "claims": claims}
     from fullarc.evals import bench_arc
 
     folders = list(from_runs) or [
-        bench_arc.run_recipe(seed, runs_dir, recipe or bench_arc.RECIPE) for seed in seeds
+        bench_arc.run_recipe(seed, runs_dir, recipe or bench_arc.RECIPE) for seed in seeds or (0,)
     ]
     if thorough or not from_runs:
         for folder in folders:
@@ -107,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("area", nargs="?", default="", metavar="AREA", help=f"one of: {', '.join(AREAS)}")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="one run each")
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run each; default 0")
     parser.add_argument(
         "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
     )
@@ -121,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 0
     try:
-        seeds = [int(part) for part in arguments.seeds.split(",")]
+        seeds = [int(part) for part in arguments.seeds.split(",") if arguments.seeds]
     except ValueError:
         raise UsageError(
             f"--seeds {arguments.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."

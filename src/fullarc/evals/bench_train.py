@@ -2,9 +2,10 @@
 
 The other side is a plain loop over transformers' implementation of the same network with AdamW, on the same weights'
 shapes, batch and precision (fp32). Both are measured in turn in one process, each in the way that suits it on the
-machine's cores: ours as passes side by side with one torch thread each, theirs as one pass with all threads. Medians of
-REPEATS; the claims are ratios, because seconds drift. What each product of a step takes when it is computed alone, out
-of the cache's way and with nothing between, is the bound that a step is held against.
+machine's cores: ours as passes side by side with one torch thread each, theirs as one pass with all threads. The step
+is also shared by PROCESSES processes and held against one thread of one. Medians of REPEATS; the claims are ratios,
+because seconds drift. What each product of a step takes when it is computed alone, out of the cache's way and with
+nothing between, is the bound that a step is held against.
 """
 
 import statistics
@@ -23,13 +24,27 @@ from fullarc.config.machine import machine
 from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa
 from fullarc.train import Batch, LmLoss, OptimSettings, Trainer, trained
+from fullarc.train.parallel import ALONE, Ranks, launch
 
 SIZES = ("2m", "5m", "20m")
 REPEATS = 5
 ROWS, LENGTH = 8, 512
 LARGE_BATCH = 16  # rows: 8k tokens
+PROCESSES = 2
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = ("mm", "bmm", "baddbmm", "addmm", "_grouped_mm", _FLASH, f"{_FLASH}_backward")
+
+
+def transformers_config(config: ModelConfig) -> Any:
+    """The same network in transformers' words."""
+    try:
+        from transformers import GlmMoeDsaConfig
+    except ImportError as error:
+        raise FullarcError(
+            f"The other side of this bench needs transformers ({error}).", "Install it with: make setup"
+        ) from None
+    ours_only = ("architectures", "latent_norm_eps", "dtype")
+    return GlmMoeDsaConfig(**{key: value for key, value in config.to_hf().items() if key not in ours_only})
 
 
 def batch(config: ModelConfig, rows: int, length: int) -> Batch:
@@ -47,17 +62,18 @@ class Ours:
     rows: int
     workers: int
     length: int = LENGTH
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         model = GlmMoeDsa(self.config).init_weights(0)
         settings, chosen = OptimSettings(kind="muon_split"), trained(indexer=False, mtp=False)
-        self.trainer = Trainer(model, settings, lambda _: 1e-4, chosen, 1e-3, self.workers)
+        self.trainer = Trainer(model, settings, lambda _: 1e-4, chosen, 1e-3, self.workers, self.ranks)
         self.batch, self.loss = batch(self.config, self.rows, self.length), LmLoss(mtp_steps=0)
 
     def step(self) -> None:
         """One update."""
         torch.set_num_threads(1)
-        micro = max(1, self.rows // max(2, self.workers))
+        micro = max(1, self.rows // max(2, self.workers, self.ranks.size))
         self.trainer.step(self.batch.split(micro), self.loss)
 
 
@@ -71,16 +87,11 @@ class Theirs:
     length: int = LENGTH
 
     def __post_init__(self) -> None:
-        try:
-            from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
-        except ImportError as error:
-            raise FullarcError(
-                f"The other side of this bench needs transformers ({error}).", "Install it with: make setup"
-            ) from None
-        fields = self.config.to_hf()
-        for key in ("architectures", "latent_norm_eps", "dtype"):
-            fields.pop(key)
-        self.model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**fields | {"use_cache": False})).float().train()
+        theirs = transformers_config(self.config)
+        from transformers import GlmMoeDsaForCausalLM
+
+        theirs.use_cache = False
+        self.model = GlmMoeDsaForCausalLM(theirs).float().train()
         self.ids = batch(self.config, self.rows, self.length).ids_BT
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
@@ -155,7 +166,7 @@ def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[st
         mine, plain = in_turn([ours.step, theirs.step], repeats)
         tokens = ROWS * LENGTH
         out.append(
-            _claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
+            claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
                    plain / mine >= 3, f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s")
         )  # fmt: skip
         del ours, theirs
@@ -165,11 +176,21 @@ def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[st
         (whole,) = in_turn([alone.step], repeats)
         share = 100 * products.seconds_alone(repeats) / whole
         out.append(
-            _claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
+            claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
                    share >= 60, f"{sum(products.seen.values())} products, one thread")
+        )  # fmt: skip
+        shared = max(launch(_seconds_of_a_rank, PROCESSES, config, ROWS, alone.length, repeats))
+        out.append(
+            claim(f"training step, {size}: {PROCESSES} processes against one", whole / shared, "x", ">= 1.6",
+                   whole / shared >= 1.6, f"the same with {cores} threads in one process: {whole / mine:.2f} x")
         )  # fmt: skip
         out.append(_muon_claim(config, size, repeats))
     return out
+
+
+def _seconds_of_a_rank(ranks: Ranks, config: ModelConfig, rows: int, length: int, repeats: int) -> float:
+    """Median seconds of a step that the ranks share."""
+    return in_turn([Ours(config, rows, 1, length, ranks).step], repeats)[0]
 
 
 def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
@@ -189,7 +210,7 @@ def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
         whole.append(time.perf_counter() - began)
     share = 100 * statistics.median(muon[1:]) / statistics.median(whole[1:])
     tokens = LARGE_BATCH * LENGTH
-    return _claim(
+    return claim(
         f"optimizer's share of a step of {tokens:,} tokens, {size}",
         share,
         "%",
@@ -199,7 +220,8 @@ def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
     )
 
 
-def _claim(name: str, value: float, unit: str, target: str, ok: bool, detail: str) -> dict[str, Any]:
+def claim(name: str, value: float, unit: str, target: str, ok: bool | None, detail: str) -> dict[str, Any]:
+    """One line of a bench that has neither seeds nor a stored baseline."""
     return {
         "name": name, "value": round(value, 3), "unit": unit, "baseline": None, "target": target, "seeds": [0],
         "spread": None, "ok": ok, "detail": [detail],

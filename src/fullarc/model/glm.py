@@ -6,13 +6,14 @@ Shape suffixes: see ops.py; L = MoE layers.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.induction import start_with_induction
-from fullarc.model.mla import MLA, Visibility, visible_chunks
+from fullarc.model.mla import MLA, Index, Visibility, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
 from fullarc.model.quant import QuantScheme
@@ -59,31 +60,42 @@ class ModelOutput:
     trunk: TrunkOutput = field(repr=False)
 
 
+class LayerOutput(NamedTuple):
+    """States after a layer, its indexer's KL, its routing, and the indexer that the next layer may share."""
+
+    hidden_BTD: Tensor
+    kl: Tensor | None
+    stats: RoutingStats | None
+    chooser: Index | None
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int | None = None) -> None:
+        """`layer`: its number; None for the MTP layer."""
         super().__init__()
+        dense = layer is not None and layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config)
+        self.self_attn = MLA(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: FFN | MoE = FFN(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, h_BTD: Tensor, seen: Visibility) -> tuple[Tensor, Tensor | None, RoutingStats | None]:
-        attended, kl = self.self_attn(self.input_layernorm(h_BTD), seen)
+    def forward(self, h_BTD: Tensor, seen: Visibility, index: Index | None = None) -> LayerOutput:
+        attended, kl, index = self.self_attn(self.input_layernorm(h_BTD), seen, index)
         h_BTD = h_BTD + attended
         normed = self.post_attention_layernorm(h_BTD)
         if isinstance(self.mlp, MoE):
             out, stats = self.mlp(normed, seen.valid_BT)
-            return h_BTD + out, kl, stats
-        return h_BTD + self.mlp(normed), kl, None
+            return LayerOutput(h_BTD + out, kl, stats, index)
+        return LayerOutput(h_BTD + self.mlp(normed), kl, None, index)
 
 
 class MTPLayer(DecoderLayer):
     """One more decoder layer that joins the running state with the next token's embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, dense=False)
+        super().__init__(config)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
@@ -101,10 +113,7 @@ class GlmMoeDsa(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, dense=index < config.first_k_dense_replace)
-            for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp_layer = MTPLayer(config) if config.num_nextn_predict_layers else None
@@ -178,9 +187,9 @@ class GlmMoeDsa(nn.Module):
         self._check(input_ids, doc_ids)
         seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
         h_BTD = self.embed_tokens(input_ids)
-        kls, stats = [], []
+        kls, stats, index = [], [], None
         for layer in self.layers:
-            h_BTD, kl, layer_stats = layer(h_BTD, seen)
+            h_BTD, kl, layer_stats, index = layer(h_BTD, seen, index)
             kls.append(kl)
             stats.append(layer_stats)
         return TrunkOutput(self.norm(h_BTD), *self._summary(kls, stats, h_BTD))
@@ -206,7 +215,7 @@ class GlmMoeDsa(nn.Module):
         h, outputs, kls, stats = hidden_BTD, [], [], []
         for step in range(steps):
             joined = self.mtp_layer.join(_shift(embedded, step + 1, doc_ids), h)
-            h, kl, layer_stats = self.mtp_layer(joined, seen)
+            h, kl, layer_stats, _ = self.mtp_layer(joined, seen)
             h = self.mtp_layer.norm(h)
             outputs.append(h)
             kls.append(kl)

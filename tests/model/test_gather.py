@@ -1,0 +1,151 @@
+"""Gathered sparse attention against the masked one, in double precision and through the whole model."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from fullarc.config.model import ModelConfig
+from fullarc.model import GlmMoeDsa
+from fullarc.model import mla as mla_module
+from fullarc.model.gather import choose, gathered_attention
+from fullarc.model.indexer import Indexer, select
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=3, intermediate_size=48,
+    moe_intermediate_size=16, num_attention_heads=3, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=10,
+    qk_rope_head_dim=6, v_head_dim=14, n_routed_experts=4, num_experts_per_tok=2, index_n_heads=8, index_head_dim=8,
+    index_topk=8, max_position_embeddings=256, initializer_range=0.2, eos_token_id=(0,), pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Small blocks, so that a short row has chunks with few and with many visible keys."""
+    monkeypatch.setattr(mla_module, "BLOCK", 16)
+    monkeypatch.setattr(mla_module, "LONG_BLOCK", 16)
+
+    def gather_from(times):
+        monkeypatch.setattr(mla_module, "GATHER_FROM", times)
+
+    return gather_from
+
+
+def test_the_choice_is_that_of_select_ties_and_short_rows_included():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (2, 40, 50), generator=generator).float()  # ties everywhere
+    allowed = torch.rand(2, 40, 50, generator=generator) < 0.4
+    allowed[..., 0] = True
+    allowed[0, :5, 3:] = False  # fewer than k
+    for k in (1, 7, 30):
+        positions, counts = choose(scores, allowed, k)
+        chosen = torch.zeros(2, 40, 51, dtype=torch.bool)
+        chosen.scatter_(-1, torch.where(counts, positions, 50), True)
+        assert torch.equal(chosen[..., :50], select(scores, allowed, k))
+        assert (positions.diff(dim=-1) > 0).all(), "ascending, none twice"
+
+
+def test_outputs_and_gradients_are_those_of_attention_written_out():
+    generator = torch.Generator().manual_seed(1)
+    B, t, H, S, k, C, R = 2, 70, 3, 90, 6, 5, 4
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.double).requires_grad_()
+
+    q, keys, weight = normal(B, t, H, C + R), normal(B, S, C + R), normal(B, t, H, C)
+    positions = torch.rand(B, t, S, generator=generator).argsort(-1)[..., :k]
+    counts = torch.rand(B, t, k, generator=generator) < 0.7
+    counts[..., 0] = True
+    out, p = gathered_attention(q, keys, positions, counts, C, 0.3)
+    mask = torch.zeros(B, t, S, dtype=torch.bool).scatter_(-1, positions, counts)
+    logits = torch.einsum("bthw,bsw->bths", q, keys) * 0.3
+    full = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+    expected = torch.einsum("bths,bsc->bthc", full, keys[..., :C])
+    assert torch.allclose(out, expected, atol=1e-12)
+    assert torch.allclose(
+        p, full.gather(-1, positions[:, :, None].expand(-1, -1, H, -1)) * counts[:, :, None]
+    )
+    ours = torch.autograd.grad((out * weight).sum(), (q, keys))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, keys))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("packed", ["", "continued", "apart"])
+@pytest.mark.parametrize("types", [(), ("full", "shared", "shared")])
+def test_the_model_is_the_same_gathered_and_masked(blocks, packed, types):
+    model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5).double()
+    ids = torch.randint(0, 61, (2, 120), generator=torch.Generator().manual_seed(6))
+    docs = parents = None
+    if packed == "apart":  # the second documents see blocks that do not begin at 0
+        docs = torch.ones_like(ids)
+        docs[0, 50:], docs[1, 60:] = 2, 2
+    elif packed:
+        docs = torch.ones_like(ids)
+        docs[0, 90:], docs[1, 60:100], docs[1, 100:] = 2, 2, 0
+        parents = torch.zeros_like(ids)
+        parents[0, 90:] = 1
+    used = []
+    original = mla_module.gathered_attention
+
+    def watched(q, *args):
+        used.append(q.shape[1])
+        return original(q, *args)
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla_module, "gathered_attention", watched)
+        for times in (100, 4):
+            blocks(times)
+            out = model.trunk(ids, docs, parents, indexer_loss="sparse")
+            valid = slice(None) if docs is None else docs > 0
+            loss = out.hidden_BTD[valid].square().mean() + 3 * out.index_kl
+            loss.backward()
+            named = model.named_parameters()
+            grads = {name: p.grad.clone() for name, p in named if p.grad is not None}
+            model.zero_grad()
+            results.append((out.hidden_BTD[valid].detach(), out.index_kl.detach(), grads))
+            assert bool(used) == (times == 4)
+    (masked, masked_kl, masked_grads), (gathered, gathered_kl, gathered_grads) = results
+    assert torch.allclose(masked, gathered, atol=1e-6) and torch.allclose(masked_kl, gathered_kl, atol=1e-6)
+    assert any("indexer" in name for name in masked_grads)
+    assert masked_grads.keys() == gathered_grads.keys()
+    for name, grad in masked_grads.items():
+        assert torch.allclose(grad, gathered_grads[name], atol=1e-5, rtol=1e-4), name
+
+
+def test_one_document_a_row_needs_no_square_of_booleans():
+    chunks = mla_module.visible_chunks(4096, None, None, 64, torch.device("cpu"))
+    assert all(chunk.packed_BtS is None for chunk in chunks)
+    last = chunks[-1].allowed_BtS
+    assert last.shape == (1, 512, 4096) and last[0, 0].sum() == 3585 and last[0, -1].all()
+
+
+def test_tiles_change_nothing_but_rounding():
+    generator = torch.Generator().manual_seed(3)
+    indexer = Indexer(ModelConfig(**SMALL))
+    q, k, w = (torch.randn(s, generator=generator) for s in ((2, 150, 8, 8), (2, 1500, 8), (2, 150, 8)))
+    assert torch.allclose(indexer.tiled_scores(q, k, w), indexer.scores(q, k, w), atol=1e-5)
+    positions = torch.randint(0, 1500, (2, 150, 9), generator=generator)
+    expected = indexer.scores(q, k, w).gather(-1, positions)
+    assert torch.allclose(indexer.scores_at(q, k, w, positions), expected, atol=1e-5)
+
+
+def counted(original, count, *args):
+    count.append(1)
+    return original(*args)
+
+
+@pytest.mark.parametrize("times", [4, 100])
+def test_layers_that_share_a_choice_do_not_make_it_again(blocks, times):
+    blocks(times)
+    calls = {}
+    for types in (("full",) * 3, ("full", "shared", "shared")):
+        model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5)
+        count = []
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            for name in ("select", "choose"):
+                original = getattr(mla_module, name)
+                patch.setattr(mla_module, name, partial(counted, original, count))
+            model.trunk(torch.randint(0, 61, (1, 120), generator=torch.Generator().manual_seed(6)))
+        calls[types[1]] = len(count)
+    assert calls["full"] == 3 * calls["shared"] > 0
