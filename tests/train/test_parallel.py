@@ -105,21 +105,13 @@ def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_row
     assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_rows_go_to_their_owners_and_back(size):
     assert launch(jobs.exchange, size) == [True] * size
 
 
-@pytest.mark.parametrize(
-    "size, experts",
-    [
-        (2, False),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((2, True), (3, False), (4, False), (4, True))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size, experts", [(2, False), (2, True), (3, False), (4, False), (4, True)])
 def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
     """Metrics and weights to rounding, a share of everything on each rank, and a checkpoint like any other.
 
@@ -154,6 +146,7 @@ def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
     assert all(np.array_equal(again[name].numpy(), value) for name, value in results[0][1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows, fsdp):
     told = launch(jobs.bad_loss, 2, config, make_rows(), fsdp)
