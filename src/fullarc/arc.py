@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "eval": ("fullarc.evals.stage:run",),
     "report": ("fullarc.view.report:write",),
 }
-# settings that change how fast a step goes but not what comes out
+# settings that change how fast a step goes but not what comes out (several processes: up to the order of sums)
 NOT_RESULT = {"threads", "save_every", "log_every", "concurrency", "engines", "processes", "parallel"}
 IN_SANDBOX = {"midtrain", "sft", "reasoning_rl", "agentic_rl", "general_rl", "distil", "eval"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _silent(*_: Any, **__: Any) -> None:
+def silent(*_: Any, **__: Any) -> None:
     """Default reporter: say nothing."""
 
 
@@ -37,8 +37,8 @@ class StageContext:
     out: Path
     model_in: Path | None
     seed: int
-    log: Callable[..., None] = field(default=_silent)
-    event: Callable[..., None] = field(default=_silent)
+    log: Callable[..., None] = field(default=silent)
+    event: Callable[..., None] = field(default=silent)
 
     @property
     def checkpoint(self) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fullarc.chat import Tokenizer
-from fullarc.config.context import StageContext
+from fullarc.config.context import StageContext, silent
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
@@ -87,7 +87,7 @@ def run_phase(
             depend on their number, which may change at every start; only the first of them reports.
     """
     if not ranks.first:
-        log = event = _silent
+        log = event = silent
     saved = Steps(out.with_name(f"{out.name}.steps"), event)
     if is_complete(out):
         if ranks.first:
@@ -125,10 +125,6 @@ def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
 
         return FsdpTrainer(*common, ranks, expert_parallel=phase.parallel == "fsdp2+ep")
     return Trainer(*common, phase.workers, ranks)
-
-
-def _silent(*_: object, **__: object) -> None:
-    """Report nothing."""
 
 
 class Window:

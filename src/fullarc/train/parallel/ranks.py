@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Nobody listens."""
+from fullarc.config.context import silent
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    tell: Callable[..., None] = field(default=_silent, compare=False, repr=False)
+    tell: Callable[..., None] = field(default=silent, compare=False, repr=False)
 
     @property
     def first(self) -> bool:

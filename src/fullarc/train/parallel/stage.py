@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
-from fullarc.config.context import StageContext
+from fullarc.config.context import StageContext, silent
 from fullarc.train.parallel.launch import launch
 from fullarc.train.parallel.ranks import ALONE, Ranks
 
@@ -28,8 +28,8 @@ def in_processes(stage: Stage) -> Callable[..., dict[str, float]]:
         def hear(kind: str, *values: Any, **named: Any) -> None:
             report[kind](*values, **named)
 
-        silent = replace(ctx, log=_silent, event=_silent)  # the callers' own cannot travel
-        return launch(_one_rank, ctx.stage.processes, run, silent, hear=hear)[0]
+        mute = replace(ctx, log=silent, event=silent)  # the callers' own cannot travel
+        return launch(_one_rank, ctx.stage.processes, run, mute, hear=hear)[0]
 
     return run
 
@@ -38,7 +38,3 @@ def _one_rank(ranks: Ranks, run: Callable[..., dict[str, float]], ctx: StageCont
     if ranks.first:
         ctx = replace(ctx, log=partial(ranks.tell, "log"), event=partial(ranks.tell, "event"))
     return run(ctx, ranks)
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Report nothing."""
