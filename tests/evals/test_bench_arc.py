@@ -176,9 +176,10 @@ def test_the_bench_asks_again_with_more_questions_and_its_answers_count(
     monkeypatch.setattr("fullarc.evals.stage.evaluate", evaluate)
     for name in ("pretrain", "sft"):
         atomic_write(folder / "stages" / name / "checkpoint/manifest.json", "the first weights")
-    bench.run("arc", from_runs=[folder])
+    bench.run("arc", ["--from-runs", str(folder)])
     assert not asked, "reading a run asks nothing"
-    claims = {claim["name"]: claim for claim in bench.run("arc", from_runs=[folder], thorough=True)["claims"]}
+    again = bench.run("arc", ["--from-runs", str(folder), "--thorough"])
+    claims = {claim["name"]: claim for claim in again["claims"]}
     assert list(asked) == ["pretrain", "sft"]
     assert asked["sft"].settings.problems == bench_arc.THOROUGH["problems"]
     assert asked["sft"].chats and not asked["pretrain"].chats

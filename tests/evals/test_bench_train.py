@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fullarc.config.errors import UsageError
 from fullarc.config.model import preset
 from fullarc.evals import bench, bench_train
 
@@ -48,8 +47,3 @@ def test_both_sides_train_the_same_number_of_weights():
     theirs = bench_train.Theirs(preset("nano"), 2, 1).model
     count = sum(p.numel() for n, p in ours.named_parameters() if not n.startswith("mtp_layer"))
     assert count == sum(p.numel() for p in theirs.parameters())
-
-
-def test_options_of_another_bench_are_refused(capsys):
-    with pytest.raises(UsageError, match="takes no seeds"):
-        bench.main(["train", "--seeds", "1,2"])

@@ -2,63 +2,155 @@
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
 fullarc bench train|dsa [--json] [--save]
+
+`--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
+turn fails when it is more than TOLERANCE worse than what was kept, whatever its target says. Seconds, bytes and scores
+never fail for that: they depend on the machine and on what else it does. A new area is an entry of AREAS.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fullarc.config.errors import UsageError
 from fullarc.config.files import atomic_write
+from fullarc.config.machine import machine
 
-AREAS = {
-    "arc": "the whole laptop recipe, raw text to agent",
-    "train": "a training step against transformers, and where its time goes",
-    "dsa": "sparse against dense attention, by length",
-}
 BASELINES = Path("bench/baselines")
+TOLERANCE = 0.1
 
 
-def run(
-    area: str,
-    seeds: Sequence[int] = (),
-    from_runs: Sequence[Path] = (),
-    recipe: Path | None = None,
-    runs_dir: Path = Path("runs/bench"),
-    thorough: bool = False,
-) -> dict[str, Any]:
-    """Measure an area: {"machine", "claims": [{"name", "value", "unit", "baseline", "target", "seeds", "ok", …}]}.
+@dataclass(frozen=True)
+class Area:
+    """One thing that can be measured.
 
-    Args:
-        seeds: one fresh run each; 0 alone if none is given.
-        from_runs: finished run folders to read instead of running anything.
-        thorough: ask their checkpoints more questions than their run did, as fresh runs always are.
+    Attributes:
+        about: what it is, in a line.
+        measure: from its options to {"claims": […]}, with "machine" where that is not this one. It imports what it
+            needs, so that listing the areas loads nothing.
+        options: adds the area's own options to the parser.
     """
-    if area not in AREAS:
-        raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
-    if area != "arc":
-        if seeds or from_runs or recipe or thorough:
-            raise UsageError(
-                f"bench {area} has no runs: it takes no seeds, runs or recipe.", "Leave them out."
-            )
-        from fullarc.config.machine import machine
-        from fullarc.evals import bench_dsa, bench_train
 
-        claims = bench_train.claims() if area == "train" else bench_dsa.claims()
-        return {"area": area, "machine": machine(), "claims": claims}
+    about: str
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def _arc_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run each; default 0")
+    parser.add_argument(
+        "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
+    )
+    parser.add_argument("--thorough", action="store_true", help="ask their checkpoints more questions first")
+    parser.add_argument("--recipe", type=Path, help="another recipe than recipes/laptop.toml")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/bench"), help="where fresh runs go")
+
+
+def _arc(options: argparse.Namespace) -> dict[str, Any]:
     from fullarc.evals import bench_arc
 
-    folders = list(from_runs) or [
-        bench_arc.run_recipe(seed, runs_dir, recipe or bench_arc.RECIPE) for seed in seeds or (0,)
+    try:
+        seeds = [int(part) for part in options.seeds.split(",") if options.seeds]
+    except ValueError:
+        raise UsageError(
+            f"--seeds {options.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."
+        ) from None
+    folders = list(options.from_runs) or [
+        bench_arc.run_recipe(seed, options.runs_dir, options.recipe or bench_arc.RECIPE)
+        for seed in seeds or (0,)
     ]
-    if thorough or not from_runs:
+    if options.thorough or not options.from_runs:
         for folder in folders:
-            bench_arc.examine(Path(folder))
-    runs = [bench_arc.read_run(Path(folder)) for folder in folders]
-    return {"area": area, "machine": runs[0].machine, "claims": bench_arc.judge(runs, _baseline(area))}
+            bench_arc.examine(folder)
+    runs = [bench_arc.read_run(folder) for folder in folders]
+    return {"machine": runs[0].machine, "claims": bench_arc.judge(runs)}
+
+
+def _train(_: argparse.Namespace) -> dict[str, Any]:
+    from fullarc.evals import bench_train
+
+    return {"claims": bench_train.claims()}
+
+
+def _dsa(_: argparse.Namespace) -> dict[str, Any]:
+    from fullarc.evals import bench_dsa
+
+    return {"claims": bench_dsa.claims()}
+
+
+AREAS = {
+    "arc": Area("the whole laptop recipe, raw text to agent", _arc, _arc_options),
+    "train": Area("a training step against transformers, and where its time goes", _train),
+    "dsa": Area("sparse against dense attention, by length", _dsa),
+}
+
+
+def claim(
+    name: str,
+    value: float | None,
+    unit: str,
+    target: str,
+    ok: bool | None,
+    detail: str = "",
+    *,
+    better: str = "higher",
+    gated: bool | None = None,
+) -> dict[str, Any]:
+    """One line of a result.
+
+    Args:
+        ok: whether the target is met; None where there is none, or nothing was measured.
+        better: "higher" or "lower".
+        gated: whether a regression against the stored baseline fails it; by default ratios do (unit "x").
+    """
+    return {
+        "name": name, "value": None if value is None else round(value, 3), "unit": unit, "baseline": None,
+        "target": target, "seeds": [0], "spread": None, "ok": ok, "detail": [detail] if detail else [],
+        "better": better, "gated": unit == "x" if gated is None else gated,
+    }  # fmt: skip
+
+
+def run(area: str, argv: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure an area with its options: {"area", "machine", "claims": [{"name", "value", "unit", "baseline", …}]}."""
+    return _measure(_parser(area).parse_args([area, *argv]))
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    area = arguments.area
+    result = {"area": area, "machine": machine()} | AREAS[area].measure(arguments)
+    compare(result["claims"], stored(area))
+    return result
+
+
+def compare(claims: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> None:
+    """Give every claim without a baseline of its own the stored value, and say which gated ones are a regression.
+
+    A regression is a value more than TOLERANCE worse than the stored one, or NaN; it fails the claim.
+    """
+    kept = {one["name"]: one["value"] for one in (before or {}).get("claims", ())}
+    for one in claims:
+        old, value = kept.get(one["name"]), one["value"]
+        if one["baseline"] is None:
+            one["baseline"] = old
+        one["regression"] = False
+        if one.get("gated") and old is not None and value is not None:
+            lower = one.get("better") == "lower"
+            holds = value <= old * (1 + TOLERANCE) if lower else value >= old * (1 - TOLERANCE)
+            one["regression"] = not holds
+            one["ok"] = one["ok"] if holds else False
+
+
+def stored(area: str, folder: Path = BASELINES) -> dict[str, Any] | None:
+    """The result that was kept as the area's baseline; None if there is none."""
+    try:
+        found = json.loads((folder / f"{area}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def save(result: dict[str, Any], folder: Path = BASELINES) -> Path:
@@ -68,72 +160,52 @@ def save(result: dict[str, Any], folder: Path = BASELINES) -> Path:
     return path
 
 
-def _baseline(area: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads((BASELINES / f"{area}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def table(result: dict[str, Any]) -> str:
     """The claims as text for a terminal."""
     rows = [("", "claim", "value", "baseline", "target", "spread", "seeds")]
-    for claim in result["claims"]:
-        mark = {True: "ok", False: "MISS", None: "?"}[claim["ok"]]
-        told = claim["spread"]
+    for one in result["claims"]:
+        mark = "REGRESSION" if one.get("regression") else {True: "ok", False: "MISS", None: "?"}[one["ok"]]
+        told = one["spread"]
         between = f"{told['min']:g} to {told['max']:g}" if told and told["n"] > 1 else "–"
-        value = "not measured" if claim["value"] is None else f"{claim['value']:g} {claim['unit']}"
-        baseline = "–" if claim["baseline"] is None else f"{claim['baseline']:g}"
-        detail = f" ({', '.join(dict.fromkeys(claim['detail']))})" if claim.get("detail") else ""
-        rows.append(
-            (
-                mark,
-                claim["name"] + detail,
-                value,
-                baseline,
-                claim["target"],
-                between,
-                str(len(claim["seeds"])),
-            )
-        )
+        value = "not measured" if one["value"] is None else f"{one['value']:g} {one['unit']}"
+        baseline = "–" if one["baseline"] is None else f"{one['baseline']:g}"
+        detail = f" ({', '.join(dict.fromkeys(one['detail']))})" if one.get("detail") else ""
+        seeds = str(len(one["seeds"]))
+        rows.append((mark, one["name"] + detail, value, baseline, one["target"], between, seeds))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     host = result["machine"]
     where = f"{host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, torch {host['torch']}"
-    return "\n".join([f"{result['area']}: {AREAS[result['area']]}", f"on {where}", "", *lines])
+    return "\n".join([f"{result['area']}: {AREAS[result['area']].about}", f"on {where}", "", *lines])
 
 
-def main(argv: Sequence[str]) -> int:
-    """The verb. Exit code 1 if a claim was measured and missed."""
+def _parser(area: str) -> argparse.ArgumentParser:
+    """The options of every area, and those of `area` ("" for none)."""
+    if area and area not in AREAS:
+        raise UsageError(f"There is no bench '{area}'.", f"Areas: {', '.join(AREAS)}.")
     parser = argparse.ArgumentParser(
         prog="fullarc bench", description="Measure claims against their baselines."
     )
     parser.add_argument("area", nargs="?", default="", metavar="AREA", help=f"one of: {', '.join(AREAS)}")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run each; default 0")
-    parser.add_argument(
-        "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
-    )
-    parser.add_argument("--thorough", action="store_true", help="ask their checkpoints more questions first")
-    parser.add_argument("--recipe", type=Path, help="another recipe than recipes/laptop.toml")
     parser.add_argument("--save", action="store_true", help=f"keep the result in {BASELINES}/")
-    arguments = parser.parse_args(argv)
-    if not arguments.area:
-        print(
-            json.dumps(sorted(AREAS)) if arguments.json else "\n".join(f"{k}  {v}" for k, v in AREAS.items())
-        )
+    if area:
+        AREAS[area].options(parser)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Exit code 1 if a claim was measured and missed, or is a regression."""
+    area = next((word for word in argv if not word.startswith("-")), "")
+    arguments = _parser(area).parse_args(argv)
+    if not area:
+        plain = "\n".join(f"{name}  {one.about}" for name, one in AREAS.items())
+        print(json.dumps(sorted(AREAS)) if arguments.json else plain)
         return 0
-    try:
-        seeds = [int(part) for part in arguments.seeds.split(",") if arguments.seeds]
-    except ValueError:
-        raise UsageError(
-            f"--seeds {arguments.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."
-        ) from None
-    result = run(arguments.area, seeds, arguments.from_runs, arguments.recipe, thorough=arguments.thorough)
+    result = _measure(arguments)
     print(json.dumps(result, indent=1) if arguments.json else table(result))
     if arguments.save:
         print(f"saved as {save(result)}", file=sys.stderr)
-    return 1 if any(claim["ok"] is False for claim in result["claims"]) else 0
+    return 1 if any(one["ok"] is False for one in result["claims"]) else 0

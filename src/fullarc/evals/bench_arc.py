@@ -212,9 +212,8 @@ CLAIMS = (
 )
 
 
-def judge(runs: Sequence[Run], previous: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The claims over all runs. `previous`, an earlier result, is the baseline of claims without their own."""
-    earlier = {claim["name"]: claim["value"] for claim in (previous or {}).get("claims", [])}
+def judge(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The claims over all runs."""
     out = []
     for claim in CLAIMS:
         told = [(run.seed, *claim.measure(run)) for run in runs]
@@ -226,7 +225,7 @@ def judge(runs: Sequence[Run], previous: dict[str, Any] | None = None) -> list[d
             "unit": claim.unit,
             "target": claim.target,
             "value": round(statistics.fmean(values), 3) if values else None,
-            "baseline": round(statistics.fmean(own), 3) if own else earlier.get(claim.name),
+            "baseline": round(statistics.fmean(own), 3) if own else None,
             "seeds": [seed for seed, _, _ in known],
             "spread": {key: round(number, 3) for key, number in spread(values).items()} if values else None,
             "ok": all(claim.holds(value, baseline) for _, value, baseline in known) if known else None,

@@ -20,7 +20,7 @@ import torch
 
 from fullarc.config.machine import machine
 from fullarc.config.model import ModelConfig
-from fullarc.evals.bench_train import claim
+from fullarc.evals.bench import claim
 from fullarc.model import GlmMoeDsa
 from fullarc.train.parallel import Ranks, launch
 
@@ -83,6 +83,6 @@ def claims(
             growth, longer = peaks[-1] / peaks[-2], lengths[-1] / lengths[-2]
             out.append(
                 claim(f"{name}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
-                      growth <= longer, f"{peaks[-2]:.0f} and {peaks[-1]:.0f} MB")
+                      growth <= longer, f"{peaks[-2]:.0f} and {peaks[-1]:.0f} MB", better="lower")
             )  # fmt: skip
     return out

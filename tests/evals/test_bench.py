@@ -1,0 +1,123 @@
+"""What all benches share: areas with their own options, and the gate against what was kept, on results made by hand."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from fullarc.config.errors import UsageError
+from fullarc.evals import bench
+from fullarc.evals.bench import claim
+
+SPEED, MEMORY, SHARE = "side against side", "memory at the longest length", "share of the bound"
+SECONDS, SCORE = "a step", "pass@1"
+KEPT = {SPEED: 3.0, MEMORY: 2.0, SHARE: 80.0, SECONDS: 1.0, SCORE: 60.0}
+
+
+def measured(values):
+    """A result as an area gives it, with targets that all of these values meet."""
+    return {
+        "claims": [
+            claim(SPEED, values[SPEED], "x", ">= 1", True, "with details"),
+            claim(MEMORY, values[MEMORY], "x", "", None, better="lower"),
+            claim(SHARE, values[SHARE], "%", ">= 10", True, gated=True),
+            claim(SECONDS, values[SECONDS], "s", "", None, better="lower"),
+            claim(SCORE, values[SCORE], "%", ">= 0", True),
+        ]
+    }
+
+
+@pytest.fixture
+def rerun(monkeypatch, tmp_path):
+    """rerun(*options, name=value…): `fullarc bench hand`, whose figures are KEPT but for the given ones."""
+    monkeypatch.chdir(tmp_path)
+    values = dict(KEPT)
+    area = bench.Area("figures made by hand", lambda options: measured(values))
+    monkeypatch.setitem(bench.AREAS, "hand", area)
+
+    def start(*options, **changes):
+        values.update(KEPT, **{globals()[name]: value for name, value in changes.items()})
+        return bench.main(["hand", *options])
+
+    return start
+
+
+def claims_of(capsys):
+    return {one["name"]: one for one in json.loads(capsys.readouterr().out)["claims"]}
+
+
+def test_without_a_stored_result_nothing_is_compared(rerun, capsys):
+    assert rerun("--json", SPEED=1.0) == 0
+    assert all(one["baseline"] is None and not one["regression"] for one in claims_of(capsys).values())
+
+
+@pytest.mark.parametrize(
+    "name, better, worse",
+    [("SPEED", 2.71, 2.69), ("MEMORY", 2.19, 2.21), ("SHARE", 72.1, 71.9), ("SPEED", 9.0, float("nan"))],
+)
+def test_a_ratio_more_than_a_tenth_worse_fails_although_it_meets_its_target(
+    rerun, capsys, name, better, worse
+):
+    assert rerun("--save") == 0
+    capsys.readouterr()
+    assert rerun("--json", **{name: better}) == 0
+    found = claims_of(capsys)[globals()[name]]
+    assert found["baseline"] == KEPT[globals()[name]] and not found["regression"] and found["ok"] is not False
+    assert rerun("--json", **{name: worse}) == 1
+    claims = claims_of(capsys)
+    assert claims[globals()[name]]["regression"] and claims[globals()[name]]["ok"] is False
+    assert sum(one["regression"] for one in claims.values()) == 1
+    assert rerun(**{name: worse}) == 1
+    marked = [line for line in capsys.readouterr().out.splitlines() if line.startswith("REGRESSION")]
+    assert len(marked) == 1 and globals()[name] in marked[0]
+
+
+def test_seconds_and_scores_are_never_a_regression(rerun, capsys):
+    rerun("--save")
+    capsys.readouterr()
+    assert rerun("--json", SECONDS=100.0, SCORE=1.0) == 0
+    claims = claims_of(capsys)
+    assert claims[SECONDS]["baseline"] == 1.0 and claims[SECONDS]["ok"] is None
+
+
+def test_a_missed_target_stays_missed_and_a_new_claim_is_not_compared():
+    missed = [claim(SPEED, 3.0, "x", ">= 4", False), claim("new", 0.1, "x", "", None)]
+    bench.compare(missed, measured(KEPT))
+    assert [one["ok"] for one in missed] == [False, None]
+    assert [one["regression"] for one in missed] == [False, False]
+
+
+def test_a_claim_keeps_its_own_baseline_but_is_held_against_what_was_stored():
+    own = claim(SPEED, 2.0, "x", "", True) | {"baseline": 7.0}
+    bench.compare([own], measured(KEPT))
+    assert own["baseline"] == 7.0 and own["regression"]
+
+
+def test_a_stored_file_that_is_no_result_compares_nothing(rerun, capsys):
+    rerun("--save")
+    path = bench.BASELINES / "hand.json"
+    for content in ("{", "[]", ""):
+        path.write_text(content)
+        assert rerun(SPEED=0.1) == 0
+
+
+def test_an_area_has_its_own_options(monkeypatch, capsys):
+    seen: list[Namespace] = []
+
+    def measure(options):
+        seen.append(options)
+        return {"claims": []}
+
+    def options(parser):
+        parser.add_argument("--table", type=int)
+
+    monkeypatch.setitem(bench.AREAS, "hand", bench.Area("with options", measure, options))
+    assert bench.main(["--json", "hand", "--table", "3"]) == 0
+    assert bench.run("hand", ["--table", "4"])["area"] == "hand"
+    assert [one.table for one in seen] == [3, 4]
+    for words in (["train", "--table", "3"], ["train", "--seeds", "1,2"], ["--table"]):
+        with pytest.raises(SystemExit):
+            bench.main(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no bench 'nothing'"):
+        bench.main(["nothing"])
