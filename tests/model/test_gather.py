@@ -7,9 +7,10 @@ import torch
 
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa
+from fullarc.model import gather as gather_module
 from fullarc.model import mla as mla_module
-from fullarc.model.gather import choose, gathered_attention
-from fullarc.model.indexer import Indexer, select
+from fullarc.model.gather import gathered_attention
+from fullarc.model.indexer import Indexer, choose, select
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=3, intermediate_size=48,
@@ -33,41 +34,54 @@ def blocks(monkeypatch):
 
 def test_the_choice_is_that_of_select_ties_and_short_rows_included():
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (2, 40, 50), generator=generator).float()  # ties everywhere
-    allowed = torch.rand(2, 40, 50, generator=generator) < 0.4
-    allowed[..., 0] = True
-    allowed[0, :5, 3:] = False  # fewer than k
-    for k in (1, 7, 30):
-        positions, counts = choose(scores, allowed, k)
-        chosen = torch.zeros(2, 40, 51, dtype=torch.bool)
-        chosen.scatter_(-1, torch.where(counts, positions, 50), True)
-        assert torch.equal(chosen[..., :50], select(scores, allowed, k))
-        assert (positions.diff(dim=-1) > 0).all(), "ascending, none twice"
+    scores = torch.randint(0, 6, (80, 50), generator=generator).float()  # ties everywhere
+    scores[40:] = torch.rand(40, 50, generator=generator)  # and none
+    allowed = torch.rand(80, 50, generator=generator) < 0.4
+    allowed[:, 0], allowed[50:] = True, True
+    allowed[:5, 3:] = False  # fewer than k
+    for rows in (slice(None), slice(5, 20), slice(40, 50), slice(50, None)):
+        for k in (1, 7, 30):
+            positions = choose(scores[rows].masked_fill(~allowed[rows], -torch.inf), k)
+            chosen = torch.zeros(len(positions), 51, dtype=torch.bool)
+            chosen.scatter_(-1, torch.where(positions < 0, 50, positions).long(), True)
+            assert torch.equal(chosen[..., :50], select(scores[rows], allowed[rows], k))
+            steps = positions.diff(dim=-1)
+            assert ((steps > 0) | (positions[:, 1:] < 0)).all(), "ascending, none twice"
+            assert not (steps[positions[:, :-1] < 0]).any(), "then -1"
 
 
-def test_outputs_and_gradients_are_those_of_attention_written_out():
+def test_outputs_and_gradients_are_those_of_attention_written_out(monkeypatch):
+    monkeypatch.setattr(gather_module, "CACHE", 3 * 6 * 9 * 8)  # three queries at once
     generator = torch.Generator().manual_seed(1)
-    B, t, H, S, k, C, R = 2, 70, 3, 90, 6, 5, 4
+    B, t, H, S, k, C, R, N, V = 2, 300, 3, 90, 6, 5, 4, 7, 8
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.double).requires_grad_()
 
-    q, keys, weight = normal(B, t, H, C + R), normal(B, S, C + R), normal(B, t, H, C)
-    positions = torch.rand(B, t, S, generator=generator).argsort(-1)[..., :k]
-    counts = torch.rand(B, t, k, generator=generator) < 0.7
-    counts[..., 0] = True
-    out, p = gathered_attention(q, keys, positions, counts, C, 0.3)
-    mask = torch.zeros(B, t, S, dtype=torch.bool).scatter_(-1, positions, counts)
-    logits = torch.einsum("bthw,bsw->bths", q, keys) * 0.3
-    full = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
-    expected = torch.einsum("bths,bsc->bthc", full, keys[..., :C])
-    assert torch.allclose(out, expected, atol=1e-12)
-    assert torch.allclose(
-        p, full.gather(-1, positions[:, :, None].expand(-1, -1, H, -1)) * counts[:, :, None]
+    q_nope, q_rope, keys, up_k, up_v = leaves = (
+        normal(B, t, H, N), normal(B, t, H, R), normal(B, S, C + R), normal(H, N, C), normal(H, V, C)
+    )  # fmt: skip
+    weight = normal(B, t, H, V)
+    positions = torch.rand(B, t, S, generator=generator).argsort(-1)[..., :k].sort(-1).values
+    positions[0, :120] = torch.where(
+        torch.arange(k) < torch.arange(120)[:, None] % k + 1, positions[0, :120], -1
     )
-    ours = torch.autograd.grad((out * weight).sum(), (q, keys))
-    theirs = torch.autograd.grad((expected * weight).sum(), (q, keys))
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    out, mass = gathered_attention(*leaves, positions.int(), 0.3)
+    mask = torch.zeros(B, t, S + 1, dtype=torch.bool)
+    mask.scatter_(-1, torch.where(positions < 0, S, positions), True)
+    mask = mask[..., :S]
+    full_keys = torch.einsum("bsc,hnc->bshn", keys[..., :C], up_k)
+    logits = torch.einsum("bthn,bshn->bths", q_nope, full_keys) + torch.einsum(
+        "bthr,bsr->bths", q_rope, keys[..., C:]
+    )
+    full = (logits * 0.3).masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+    expected = torch.einsum("bths,bsc,hvc->bthv", full, keys[..., :C], up_v)
+    assert torch.allclose(out, expected, atol=1e-12)
+    summed = full.sum(2).gather(-1, positions.clamp_min(0)) * (positions >= 0)
+    assert torch.allclose(mass, summed) and not mass.requires_grad
+    ours = torch.autograd.grad((out * weight).sum(), leaves)
+    theirs = torch.autograd.grad((expected * weight).sum(), leaves)
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("packed", ["", "continued", "apart"])
@@ -123,11 +137,21 @@ def test_one_document_a_row_needs_no_square_of_booleans():
 def test_tiles_change_nothing_but_rounding():
     generator = torch.Generator().manual_seed(3)
     indexer = Indexer(ModelConfig(**SMALL))
-    q, k, w = (torch.randn(s, generator=generator) for s in ((2, 150, 8, 8), (2, 1500, 8), (2, 150, 8)))
-    assert torch.allclose(indexer.tiled_scores(q, k, w), indexer.scores(q, k, w), atol=1e-5)
-    positions = torch.randint(0, 1500, (2, 150, 9), generator=generator)
-    expected = indexer.scores(q, k, w).gather(-1, positions)
-    assert torch.allclose(indexer.scores_at(q, k, w, positions), expected, atol=1e-5)
+    q, k, w = (
+        torch.randn(s, generator=generator, requires_grad=True)
+        for s in ((2, 150, 8, 8), (2, 1500, 8), (2, 150, 8))
+    )
+    full = indexer.scores(q, k, w)
+    for b in range(2):
+        assert torch.allclose(indexer.tiled_scores(q[b], k[b], w[b]), full[b], atol=1e-5)
+    positions = torch.randint(0, 1500, (2, 150, 9), generator=generator).int()
+    some = indexer.scores_at(q, k, w, positions)
+    expected = full.gather(-1, positions.long())
+    assert torch.allclose(some, expected, atol=1e-5)
+    weight = torch.randn(some.shape, generator=generator)
+    ours = torch.autograd.grad((some * weight).sum(), (q, k, w))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, w))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
 
 
 def counted(original, count, *args):

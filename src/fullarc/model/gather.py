@@ -3,115 +3,136 @@
 Every query has its own k keys. They are gathered as the cache stores them, one latent and one rotated part for all
 heads, and attention runs in the absorbed form on these:
 
-    p[h] = softmax(scale * q[h] . key)      out[h] = sum p[h] latent
+    q'[h] = scale * (U_k[h]^T q_nope[h], q_rope[h])     p[h] = softmax(q'[h] . key)     out[h] = U_v[h] sum p[h] latent
 
-so a query costs k keys, whatever its position. The backward pass gathers again instead of keeping what was gathered:
-memory is O(T k) numbers for the indices, and O(QUERIES k W) for one piece of the work.
+so a query costs k keys, whatever its position. The backward pass gathers and multiplies again instead of keeping
+anything but its inputs: memory is O(T k) for the positions.
 
-Shapes: B rows, t queries, H heads, S keys, k chosen, C latent, W = C + R (latent and rotated part).
+With g[h] = U_v[h]^T dout[h] and rows [q' g] and [ds p] of all heads side by side, backward is three products a query:
+
+    (s, dp) = key [q' g]^T      (dq', sum p latent) = [ds p]^T key      dkey = [ds p] [q' g]      ds = p (dp - sum p dp)
+
+Shapes: B rows, t queries, H heads, S keys, k chosen, N|R query, C latent, V value, W = C + R what a key stores.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fullarc.model.indexer import select
+from fullarc.model.pieces import QUERIES, each, gather, lanes, spans
 
-QUERIES = (
-    64  # gathered at once: a few megabytes, so that they are still in the cache when they are multiplied
-)
-
-
-def choose(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The keys that `indexer.select` takes, as positions: [..., k] ascending, and which of them count [..., k].
-
-    There must be more than k keys. Rows with fewer than k allowed ones are filled up with positions that do not count.
-    """
-    masked = scores.masked_fill(~allowed, -torch.inf)
-    best, last, following = _partition(masked, k)
-    tied = (last == following) & (last > -torch.inf)
-    if tied.any():
-        best[tied] = select(scores[tied], allowed[tied], k).nonzero()[:, 1].view(-1, k)
-    best = best.sort(-1).values
-    return best, allowed.gather(-1, best)
-
-
-def _partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of k best scores [..., k] in any order, the k-th best score and the one after it [...].
-
-    On a CPU by numpy, whose partition uses the vector unit: half the time of torch's.
-    """
-    if scores.device.type == "cpu":
-        cut = scores.shape[-1] - k
-        order = torch.from_numpy(np.argpartition(scores.numpy(), [cut - 1, cut], axis=-1))
-        border = scores.gather(-1, order[..., cut - 1 : cut + 1])
-        return order[..., cut:], border[..., 1], border[..., 0]
-    values, positions = scores.topk(k + 1, dim=-1)
-    return positions[..., :k], values[..., k - 1], values[..., k]
+CACHE = 2**21  # bytes of gathered keys that are multiplied while they are in the cache
 
 
 class _Gathered(torch.autograd.Function):
-    """Outputs [B, t, H, C] and probabilities [B, t, H, k] (a constant) of queries [B, t, H, W] over their own keys."""
+    """`gathered_attention`; the second output is a constant."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, keys_BSW: Tensor, positions: Tensor, counts: Tensor, latent: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, p = q.new_empty(*q.shape[:3], latent), q.new_empty(*q.shape[:3], positions.shape[-1])
-        for b, part in _pieces(q):
-            chosen = (
-                keys_BSW[b].index_select(0, positions[b, part].flatten()).view(*positions[b, part].shape, -1)
-            )
-            p[b, part] = _probabilities(q[b, part], chosen, counts[b, part], scale)
-            torch.bmm(p[b, part], chosen[..., :latent], out=out[b, part])
-        ctx.save_for_backward(q, keys_BSW, positions, counts)
-        ctx.latent, ctx.scale = latent, scale
-        ctx.mark_non_differentiable(p)
-        return out, p
+        ctx: Any, q_nope: Tensor, q_rope: Tensor, keys_BSW: Tensor, up_k: Tensor, up_v: Tensor, positions: Tensor,
+        scale: float, weigh: bool
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        (rows, length, heads), latent = q_nope.shape[:3], up_k.shape[-1]
+        out = q_nope.new_empty(rows, length, heads, up_v.shape[1])
+        mass = keys_BSW.new_empty(positions.shape if weigh else (rows, length, 0))
+
+        def attend(place: tuple[int, slice]) -> None:
+            b, part = place
+            q_tHW = _absorb(q_nope[b, part], q_rope[b, part], up_k, scale)
+            sums_tHC = q_tHW.new_empty(*q_tHW.shape[:2], latent)
+            for few in _few(q_tHW, positions):
+                mine = positions[b, part][few]
+                chosen, _ = gather(keys_BSW[b], mine)
+                p = _softmax(torch.bmm(chosen, q_tHW[few].mT), mine)
+                torch.bmm(p.mT, chosen[..., :latent], out=sums_tHC[few])
+                if weigh:
+                    mass[b, part][few] = p.sum(-1)
+            out[b, part] = torch.einsum("thc,hvc->thv", sums_tHC, up_v)
+
+        each(attend, [(b, part) for b in range(rows) for part in spans(0, length, QUERIES)])
+        ctx.save_for_backward(q_nope, q_rope, keys_BSW, up_k, up_v, positions)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(mass)
+        return out, mass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (q, keys_BSW, positions, counts), grad_out = ctx.saved_tensors, grads[0]
-        grad_q, grad_keys = torch.empty_like(q), torch.zeros_like(keys_BSW)
-        for b, part in _pieces(q):
-            where = positions[b, part]
-            chosen = keys_BSW[b].index_select(0, where.flatten()).view(*where.shape, -1)
-            p, g = _probabilities(q[b, part], chosen, counts[b, part], ctx.scale), grad_out[b, part]
-            grad_p = torch.bmm(g, chosen[..., : ctx.latent].mT)
-            grad_s = p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * ctx.scale
-            torch.bmm(grad_s, chosen, out=grad_q[b, part])
-            grad_chosen = torch.bmm(grad_s.mT, q[b, part])
-            grad_chosen[..., : ctx.latent] += torch.bmm(p.mT, g)
-            grad_keys[b].index_add_(0, where.flatten(), grad_chosen.flatten(0, 1))
-        return grad_q, grad_keys, None, None, None, None
+        (q_nope, q_rope, keys_BSW, up_k, up_v, positions), grad_out = ctx.saved_tensors, grads[0]
+        (rows, length, heads), latent = q_nope.shape[:3], up_k.shape[-1]
+        grad_nope, grad_rope = torch.empty_like(q_nope), torch.empty_like(q_rope)
+
+        def lane(place: tuple[int, slice]) -> tuple[Tensor, Tensor, Tensor]:
+            b, run = place
+            grad_keys, grad_k, grad_v = (
+                torch.zeros_like(keys_BSW[b]),
+                torch.zeros_like(up_k),
+                torch.zeros_like(up_v),
+            )
+            for part in spans(run.start, run.stop, QUERIES):
+                both = keys_BSW.new_zeros(len(q_nope[b, part]), 2 * heads, keys_BSW.shape[-1])  # [q' g]
+                both[:, :heads] = _absorb(q_nope[b, part], q_rope[b, part], up_k, ctx.scale)
+                both[:, heads:, :latent] = torch.einsum("thv,hvc->thc", grad_out[b, part], up_v)
+                back = torch.empty_like(both)
+                for few in _few(both, positions):
+                    mine = positions[b, part][few]
+                    chosen, where = gather(keys_BSW[b], mine)
+                    s = torch.bmm(chosen, both[few].mT)
+                    p, grad_p = _softmax(s[..., :heads], mine), s[..., heads:]
+                    grad_s = p * (grad_p - (p * grad_p).sum(1, keepdim=True))
+                    s = torch.cat((grad_s, p), -1)
+                    torch.bmm(s.mT, chosen, out=back[few])
+                    grad_keys.index_add_(0, where, torch.bmm(s, both[few]).flatten(0, 1))
+                grad_q, sums = back[:, :heads].mul_(ctx.scale), back[:, heads:, :latent]
+                grad_nope[b, part] = torch.einsum("thc,hnc->thn", grad_q[..., :latent], up_k)
+                grad_rope[b, part] = grad_q[..., latent:]
+                grad_k += torch.einsum("thn,thc->hnc", q_nope[b, part], grad_q[..., :latent])
+                grad_v += torch.einsum("thv,thc->hvc", grad_out[b, part], sums)
+            return grad_keys, grad_k, grad_v
+
+        places = [(b, run) for b in range(rows) for run in lanes(length)]
+        grad_keys, grad_k, grad_v = torch.zeros_like(keys_BSW), torch.zeros_like(up_k), torch.zeros_like(up_v)
+        for (b, _), (of_keys, of_k, of_v) in zip(places, each(lane, places), strict=True):
+            grad_keys[b] += of_keys
+            grad_k += of_k
+            grad_v += of_v
+        return grad_nope, grad_rope, grad_keys, grad_k, grad_v, None, None, None
 
 
-def _pieces(q: Tensor) -> list[tuple[int, slice]]:
-    """Rows and runs of queries that are worked on at once."""
-    rows, length = q.shape[:2]
-    return [(b, slice(i, min(i + QUERIES, length))) for b in range(rows) for i in range(0, length, QUERIES)]
+def _absorb(q_nope_tHN: Tensor, q_rope_tHR: Tensor, up_k: Tensor, scale: float) -> Tensor:
+    return torch.cat((torch.einsum("thn,hnc->thc", q_nope_tHN, up_k), q_rope_tHR), -1).mul_(scale)
 
 
-def _probabilities(q_tHW: Tensor, chosen_tkW: Tensor, counts_tk: Tensor, scale: float) -> Tensor:
-    scores_tHk = torch.bmm(q_tHW, chosen_tkW.mT).mul_(scale)
-    return scores_tHk.masked_fill_(~counts_tk[:, None], -torch.inf).softmax(-1)
+def _few(q_tHW: Tensor, positions: Tensor) -> list[slice]:
+    """The queries of a piece, as many at a time as their keys fit into the cache."""
+    size = positions.shape[-1] * q_tHW.shape[-1] * q_tHW.element_size()
+    return spans(0, len(q_tHW), max(1, CACHE // size))
+
+
+def _softmax(scores_tkH: Tensor, positions_tk: Tensor) -> Tensor:
+    if positions_tk[:, -1].amin() < 0:
+        scores_tkH = scores_tkH.masked_fill((positions_tk < 0)[..., None], -torch.inf)
+    return scores_tkH.softmax(1)
 
 
 def gathered_attention(
-    q: Tensor, keys_BSW: Tensor, positions: Tensor, counts: Tensor, latent: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of absorbed queries over their own keys.
+    q_nope: Tensor, q_rope: Tensor, keys_BSW: Tensor, up_k: Tensor, up_v: Tensor, positions: Tensor, scale: float,
+    weigh: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of queries over their own keys.
 
     Args:
-        q: [B, t, H, W].
+        q_nope, q_rope: the two parts of the queries [B, t, H, N] and [B, t, H, R].
         keys_BSW: latents and rotated parts of all keys.
-        positions, counts: chosen keys [B, t, k] and which of them count, at least one a query.
-        latent: C, the part of a key that is also its value.
+        up_k, up_v: the up-projections [H, N, C] and [H, V, C].
+        positions: the chosen keys [B, t, k], int32; a query has one at least, and -1 after its last.
+        weigh: whether anybody asks how much weight each key got.
 
     Returns:
-        [B, t, H, C], to be multiplied by the value up-projection, and the probabilities [B, t, H, k], detached.
+        [B, t, H, V], and the probabilities summed over heads [B, t, k], or none of them
+        [B, t, 0], detached.
     """
-    out, p = _Gathered.apply(q.contiguous(), keys_BSW.contiguous(), positions, counts, latent, scale)
-    return out, p
+    wide = torch.promote_types(q_nope.dtype, torch.float32)
+    parts = (x.to(wide) for x in (q_nope, q_rope, keys_BSW.contiguous(), up_k, up_v))
+    out, mass = _Gathered.apply(*parts, positions, scale, weigh)
+    return out.to(q_nope.dtype), mass

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
-from fullarc.model.gather import choose, gathered_attention
-from fullarc.model.indexer import Indexer, indexer_kl, select
+from fullarc.model.gather import gathered_attention
+from fullarc.model.indexer import FEW, Indexer, choose, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
+from fullarc.model.pieces import each, spans
 
 GATHER_FROM = 8  # times the top-k that must be visible
 BLOCK = 128
@@ -51,6 +51,15 @@ class Chunk:
             return self.packed_BtS
         index_t = torch.arange(self.part.start, self.part.stop, device=self.keys.device)
         return (index_t[:, None] >= self.keys)[None]
+
+    def hide(self, scores_tS: Tensor, b: int, few: slice) -> Tensor:
+        """Scores of the queries `few` of row b, -inf in place where a key may not be seen."""
+        if self.packed_BtS is not None:
+            mine = slice(few.start - self.part.start, few.stop - self.part.start)
+            return scores_tS.masked_fill_(~self.packed_BtS[b, mine], -torch.inf)
+        index_t = torch.arange(few.start, few.stop, device=self.keys.device)
+        scores_tS[:, few.start :].masked_fill_(index_t[:, None] < self.keys[few.start :], -torch.inf)
+        return scores_tS
 
 
 @dataclass
@@ -112,7 +121,7 @@ class Index:
     """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
 
     Where later layers share its choice, it is remembered by the chunk's start: what was taken of the chunk's keys, as
-    a mask [B, t, S] or, where keys are gathered, as positions [B, t, k] and which of them count.
+    a mask [B, t, S] or, where keys are gathered, by a run of chunks' start as positions [B, t, k].
     """
 
     indexer: Indexer
@@ -122,7 +131,7 @@ class Index:
     learns: bool
     lends: bool
     masks: dict[int, Tensor] = field(default_factory=dict)
-    positions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    positions: dict[int, Tensor] = field(default_factory=dict)
 
     def scores(self, chunk: Chunk) -> Tensor:
         """I [B, t, S] over the chunk's keys."""
@@ -130,20 +139,36 @@ class Index:
             keys = _join(self.keys, chunk.blocks, 1)
             return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
 
-    def tiled_scores(self, chunk: Chunk) -> Tensor:
-        """The same, quickly, and without a gradient."""
-        keys = _join(self.keys, chunk.blocks, 1)
-        return self.indexer.tiled_scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
+    def scores_at(self, part: slice, positions: Tensor) -> Tensor:
+        """I [B, t, k] of a run of queries at their positions [B, t, k] in the row only."""
+        keys = torch.cat(list(self.keys), 1)
+        return self.indexer.scores_at(self.queries[:, part], keys, self.weights[:, part], positions)
 
-    def scores_at(self, chunk: Chunk, positions: Tensor) -> Tensor:
-        """I [B, t, k] at the positions [B, t, k] of the row only; the backward pass computes it again."""
-        args = (
-            self.queries[:, chunk.part],
-            torch.cat(list(self.keys), 1),
-            self.weights[:, chunk.part],
-            positions,
+    @torch.no_grad()
+    def choose(self, run: Sequence[Chunk]) -> Tensor:
+        """The keys that each query of neighbouring chunks takes: positions in the row [B, t, k], int32, then -1."""
+        known = self.positions.get(run[0].part.start)
+        if known is not None:
+            return known
+        row_BTd = torch.cat(list(self.keys), 1)
+        rows, start, stop = len(self.weights), run[0].part.start, run[-1].part.stop
+        positions = torch.empty(
+            rows, stop - start, self.indexer.topk, dtype=torch.int32, device=self.weights.device
         )
-        return checkpoint(self.indexer.scores_at, *args, use_reentrant=False)
+
+        def take(place: tuple[Chunk, int, slice]) -> None:
+            chunk, b, few = place
+            keys = row_BTd[b, : chunk.part.stop] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
+            scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few])
+            taken = choose(chunk.hide(scores, b, few), self.indexer.topk)
+            mine = torch.where(taken < 0, -1, chunk.keys[taken.clamp_min(0)])
+            positions[b, few.start - start : few.stop - start] = mine
+
+        parts = ((chunk, spans(chunk.part.start, chunk.part.stop, FEW)) for chunk in run)
+        each(take, [(chunk, b, few) for chunk, fews in parts for b in range(rows) for few in fews])
+        if self.lends:
+            self.positions[start] = positions
+        return positions
 
 
 def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
@@ -210,9 +235,14 @@ class MLA(nn.Module):
         """
         q_latent, q_nope, q_rope = self.queries(h_BTD, seen.cos, seen.sin)
         latent_BTC, k_rope_BTR = self.latents(h_BTD, seen.cos, seen.sin)
-        up = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, self.nope + self.value))
-        k_rope = k_rope_BTR.unsqueeze(2).expand(-1, -1, self.heads, -1)
-        q_BHTd = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        if seen.chunks is not None and self.indexer is not None:
+            index = self._index(self.indexer, h_BTD, q_latent, seen)
+        runs = self._runs(index, seen)
+        near = [run[0].part.stop for run in runs if not self._gathers(index, seen, run[0])]
+        reach = slice(max(near, default=0) if runs else None)  # beyond, the expanded form is never needed
+        up = self.kv_b_proj(latent_BTC[:, reach]).unflatten(-1, (self.heads, self.nope + self.value))
+        k_rope = k_rope_BTR[:, reach].unsqueeze(2).expand(-1, -1, self.heads, -1)
+        q_BHTd = torch.cat((q_nope[:, reach], q_rope[:, reach]), -1).transpose(1, 2)
         k_BHTd = torch.cat((up[..., : self.nope], k_rope), -1).transpose(1, 2)
         v_BHTV = up[..., self.nope :].transpose(1, 2)
 
@@ -221,17 +251,13 @@ class MLA(nn.Module):
                 q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
             )
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, None
-        if self.indexer is not None:
-            index = self._index(self.indexer, h_BTD, q_latent, seen)
         keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
         stored_BTW = torch.cat((latent_BTC, k_rope_BTR), -1)
         outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
-        for chunk in seen.chunks:
-            if index is not None and self._gathers(chunk, seen):
-                part = chunk.part
-                out, chunk_kl, chunk_rows = self._gathered(
-                    q_nope[:, part], q_rope[:, part], stored_BTW, index, chunk, seen
-                )
+        for chunk, *others in runs:
+            if index is not None and self._gathers(index, seen, chunk):
+                run = [chunk, *others]
+                out, chunk_kl, chunk_rows = self._gathered(q_nope, q_rope, stored_BTW, index, run, seen)
                 outs.append(out)
                 kl, rows = kl + chunk_kl, rows + chunk_rows
                 continue
@@ -249,9 +275,9 @@ class MLA(nn.Module):
             outs.append(
                 F.scaled_dot_product_attention(
                     q_BHtd, k_BHSd, v_BHSV, mask_BtS.unsqueeze(1), scale=self.scale
-                )
+                ).transpose(1, 2)
             )
-        out_BTD = self.o_proj(torch.cat(outs, 2).transpose(1, 2).flatten(2))
+        out_BTD = self.o_proj(torch.cat(outs, 1).flatten(2))
         return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1), index
 
     def _index(self, indexer: Indexer, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> Index | None:
@@ -286,36 +312,37 @@ class MLA(nn.Module):
 
     # --- gathered form --------------------
 
-    def _gathers(self, chunk: Chunk, seen: Visibility) -> bool:
+    def _gathers(self, index: Index | None, seen: Visibility, chunk: Chunk) -> bool:
         """Whether a chunk's queries see so much more than their choice that gathering it is worth the copies."""
-        return chunk.sparse and seen.indexer_loss != "dense" and len(chunk.keys) >= GATHER_FROM * self.topk
+        far = chunk.sparse and len(chunk.keys) >= GATHER_FROM * self.topk
+        return far and index is not None and seen.indexer_loss != "dense"
+
+    def _runs(self, index: Index | None, seen: Visibility) -> list[list[Chunk]]:
+        """The chunks in order; neighbours that gather are together, all others alone."""
+        runs: list[list[Chunk]] = []
+        for chunk in seen.chunks or ():
+            if runs and all(self._gathers(index, seen, other) for other in (runs[-1][0], chunk)):
+                runs[-1].append(chunk)
+            else:
+                runs.append([chunk])
+        return runs
 
     def _gathered(
-        self, q_nope: Tensor, q_rope: Tensor, stored_BTW: Tensor, index: Index, chunk: Chunk, seen: Visibility
-    ) -> tuple[Tensor, Tensor | float, Tensor | int]:
-        """Output [B, H, t, V] of a chunk's queries [B, t, H, N|R], the indexer's KL summed over rows, and the rows."""
-        up_k, up_v = self.up_projections()
-        positions, counts = self._positions(index, chunk)
-        q_BtHW = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, up_k), q_rope), -1)
-        out_BtHC, p_BtHk = gathered_attention(q_BtHW, stored_BTW, positions, counts, self.latent, self.scale)
-        out_BHtV = torch.einsum("bthc,hvc->bhtv", out_BtHC, up_v)
-        if seen.indexer_loss == "off":
-            return out_BHtV, 0.0, 0
-        support = counts if seen.valid_BT is None else counts & seen.valid_BT[:, chunk.part, None]
-        kl, rows = indexer_kl(index.scores_at(chunk, positions), p_BtHk.transpose(1, 2), support)
-        return out_BHtV, kl, rows
-
-    @torch.no_grad()
-    def _positions(self, index: Index, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The keys that each of a chunk's queries takes: positions in the row [B, t, k], and which of them count."""
-        known = index.positions.get(chunk.part.start)
-        if known is None:
-            scores = index.tiled_scores(chunk)
-            positions, counts = choose(scores, chunk.allowed_BtS.expand_as(scores), self.topk)
-            known = chunk.keys[positions], counts
-            if index.lends:
-                index.positions[chunk.part.start] = known
-        return known
+        self, q_nope: Tensor, q_rope: Tensor, stored_BTW: Tensor, index: Index, run: list[Chunk], seen: Visibility
+    ) -> tuple[Tensor, Tensor | float, Tensor | int]:  # fmt: skip
+        """Output [B, t, H, V] of a run of the queries [B, T, H, N|R], the indexer's KL summed, and of how many rows."""
+        part = slice(run[0].part.start, run[-1].part.stop)
+        positions = index.choose(run)
+        out_BtHV, mass_Btk = gathered_attention(
+            q_nope[:, part], q_rope[:, part], stored_BTW, *self.up_projections(), positions, self.scale, index.learns
+        )  # fmt: skip
+        if not index.learns:
+            return out_BtHV, 0.0, 0
+        support = positions >= 0
+        if seen.valid_BT is not None:
+            support &= seen.valid_BT[:, part, None]
+        kl, rows = indexer_kl(index.scores_at(part, positions), mass_Btk[:, None], support)
+        return out_BtHV, kl, rows
 
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:

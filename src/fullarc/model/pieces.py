@@ -1,0 +1,53 @@
+"""A long row worked on in pieces that stay in the cache, on all of torch's threads.
+
+The operations of a piece are too small to be divided among threads, so each thread takes whole pieces and runs their
+operations alone. Invariant: results depend neither on the number of threads nor on who finishes first; what is summed
+over pieces is summed in LANES runs of them, and these in their order.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+QUERIES = 64  # a thread takes at once
+LANES = 4  # sums of a row that are taken side by side
+
+
+def spans(start: int, stop: int, size: int) -> list[slice]:
+    """The positions from `start` to `stop` in runs of `size`."""
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def lanes(length: int) -> list[slice]:
+    """`length` queries in at most LANES runs of whole pieces."""
+    pieces = -(-length // QUERIES)
+    return spans(0, length, -(-pieces // LANES) * QUERIES)
+
+
+def each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`work` of every item, in order, without gradients: as many at a time as torch has threads here."""
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def alone(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return work(item)
+
+    if threads == 1:
+        return [alone(item) for item in items]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(threads)  # new threads take the number that was set last, wherever that was
+
+
+def gather(keys_SW: Tensor, positions_tk: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys at these positions [t, k, W], and the positions as a flat index; -1 is read as 0."""
+    where = positions_tk.long().clamp_min_(0).flatten()
+    return keys_SW.index_select(0, where).view(*positions_tk.shape, -1), where
