@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fullarc.config.errors import FullarcError
-from fullarc.train import Optimizer, OptimSettings
+from fullarc.train import Optimizer, OptimSettings, optim
 from fullarc.train.optim import cut, newton_schulz, uses_adamw
 
 HEADS = SimpleNamespace(num_attention_heads=4, qk_nope_head_dim=6, v_head_dim=10)
@@ -37,6 +37,34 @@ def test_newton_schulz_keeps_singular_vectors_and_evens_values(shape):
     assert off.abs().max() < 1e-4
     large = s / s.amax(-1, keepdim=True) > 0.05
     assert values[large].min() > 0.6 and values[large].max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (2, 24, 30), (2, 96, 192), (2, 192, 64)])
+def test_newton_schulz_equals_its_steps_in_double_precision(shape):
+    """Also where most singular values are small and where they are zero."""
+    low = random(shape[0], shape[1], 4, seed=1) @ random(shape[0], 4, shape[2], seed=2)
+    for x in (random(*shape), low + 1e-3 * random(*shape), low):
+        expected = x.double() / x.double().flatten(1).norm(dim=1)[:, None, None]
+        for _ in range(5):
+            gram = expected @ expected.mT
+            expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+        assert (newton_schulz(x) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_neither_batches_nor_threads_change_a_bit(monkeypatch):
+    shapes = {"a": (5, 64, 96), "b": (3, 192, 32), "c": (96, 64), "d": (1, 32, 96), "e": (7, 5)}
+
+    def moved(workers, cached):
+        monkeypatch.setattr(optim, "CACHED", cached)
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        directions = {name: random(*shape, seed=1) for name, shape in shapes.items()}
+        optim.add_orthogonal_(weights, directions, HEADS, True, 0.1, workers)
+        return weights
+
+    expected = moved(1, optim.CACHED)
+    for workers, cached in ((1, 1), (2, 1), (3, 20_000), (2, optim.CACHED)):
+        for name, weight in moved(workers, cached).items():
+            assert torch.equal(weight, expected[name]), (name, workers, cached)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])

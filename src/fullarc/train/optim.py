@@ -7,16 +7,18 @@ momentum m over the gradient g, every block W of shape [A, B] moves by
     W <- W (1 - lr * decay) - lr * 0.2 * sqrt(max(A, B)) * NS5(mix of g and m)     (RMS 0.2, as AdamW)
 
 where NS5 is five quintic Newton-Schulz steps towards the polar factor. Blocks of equal shape, whatever layer
-they come from, go through one batched call. Embeddings, head, norms, biases and the router use AdamW.
+they come from, go through batched calls of as many as stay in a core's cache, on `workers` threads. Embeddings,
+head, norms, biases and the router use AdamW.
 
 Invariant: the update of a block depends on that block's gradients only, so cutting equals training each head
-alone.
+alone, and neither batching nor threads change a bit.
 
 Shapes: N blocks, A rows, B columns, H heads, E experts, I expert width.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -27,6 +29,7 @@ from fullarc.config.errors import FullarcError
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
+CACHED = 2**18  # elements of the blocks of one batched call: with what is made of them they stay in the cache
 _ADAMW_NAMES = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
 
 
@@ -63,15 +66,40 @@ class OptimSettings:
 
 def newton_schulz(blocks_NAB: Tensor) -> Tensor:
     """Approximate polar factor U V^T of every [A, B] block: singular values end in about [0.7, 1.2]."""
-    a, b, c = NS_COEFFICIENTS
     tall = blocks_NAB.shape[-2] > blocks_NAB.shape[-1]
     x_NAB = blocks_NAB.mT if tall else blocks_NAB
     x_NAB = x_NAB / x_NAB.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    for _ in range(NS_STEPS):
-        gram_NAA = x_NAB @ x_NAB.mT
-        poly_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
-        x_NAB = torch.baddbmm(x_NAB, poly_NAA, x_NAB, beta=a)
+    for steps in _runs(*x_NAB.shape[1:]):
+        x_NAB = _several_steps(x_NAB, steps)
     return x_NAB.mT if tall else x_NAB
+
+
+def newton_schulz_cost(rows: int, columns: int) -> int:
+    """Multiplications of one block's update."""
+    a, b = min(rows, columns), max(rows, columns)
+    return sum(2 * a * a * b + (4 * steps - 3) * a**3 for steps in _runs(a, b))
+
+
+def _runs(a: int, b: int) -> tuple[int, ...]:
+    """Newton-Schulz steps between two multiplications by X: several where X is long enough to be worth sparing.
+
+    Not all five: the product of their polynomials would lose small singular values to rounding, ten times more.
+    """
+    return (2, NS_STEPS - 2) if 2 * b > 3 * a else (1,) * NS_STEPS
+
+
+def _several_steps(x_NAB: Tensor, steps: int) -> Tensor:
+    """X <- p(X X^T) X, `steps` times: polynomials of the Gram matrix commute, so X is needed at the ends only."""
+    a, b, c = NS_COEFFICIENTS
+    gram_NAA = x_NAB @ x_NAB.mT
+    product_NAA = gram_NAA
+    for step in range(steps):
+        poly_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
+        poly_NAA.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_NAA = poly_NAA @ product_NAA if step else poly_NAA
+        if step < steps - 1:
+            gram_NAA = poly_NAA @ (poly_NAA @ gram_NAA)
+    return product_NAA @ x_NAB
 
 
 def cut(
@@ -101,24 +129,41 @@ def cut(
 
 
 def add_orthogonal_(
-    weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], heads: HeadShape, split: bool, lr: float
+    weights: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    heads: HeadShape,
+    split: bool,
+    lr: float,
+    workers: int = 1,
 ) -> None:
     """Move every block of every weight by -lr * 0.2 * sqrt(max(A, B)) * NS5(its part of the direction)."""
-    groups: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for name, weight in weights.items():
         pieces = zip(cut(name, weight, heads, split), cut(name, directions[name], heads, split), strict=True)
-        for (target, _), (source, shape) in pieces:
-            blocks_NAB, tall = source.reshape(shape), shape[1] > shape[2]
-            key = (min(shape[1:]), max(shape[1:]))
-            groups[key].append((target, blocks_NAB.mT if tall else blocks_NAB, tall))
-    for (_, longest), members in groups.items():
-        moved = newton_schulz(torch.cat([blocks for _, blocks, _ in members]))
-        parts = moved.split([len(blocks) for _, blocks, _ in members])
+        for (target, (n, rows, columns)), (source, _) in pieces:
+            key = (min(rows, columns), max(rows, columns))
+            groups[key].extend(zip(target.chunk(n), source.chunk(n), strict=True))
+    batches = []
+    for (a, b), blocks in sorted(groups.items(), reverse=True):
+        size = max(1, CACHED // (a * b))
+        batches += [(a, b, blocks[at : at + size]) for at in range(0, len(blocks), size)]
+
+    def move(batch: tuple[int, int, Sequence[tuple[Tensor, Tensor]]]) -> None:
+        a, b, blocks = batch
+        flat = [source.reshape(-1, source.shape[-1]) for _, source in blocks]
+        moved = newton_schulz(torch.stack([one if len(one) == a else one.mT for one in flat]))
         updates = [
-            (part.mT if tall else part).reshape(target.shape)
-            for part, (target, _, tall) in zip(parts, members, strict=True)
+            (update if len(one) == a else update.mT).reshape(target.shape)
+            for (target, _), one, update in zip(blocks, flat, moved, strict=True)
         ]
-        torch._foreach_add_([target for target, _, _ in members], updates, alpha=-lr * 0.2 * longest**0.5)
+        torch._foreach_add_([target for target, _ in blocks], updates, alpha=-lr * 0.2 * b**0.5)
+
+    if workers == 1:
+        for batch in batches:
+            move(batch)
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(move, batches))
 
 
 def uses_adamw(name: str, parameter: Tensor) -> bool:
@@ -138,14 +183,21 @@ def require_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 class Optimizer:
     """Muon for matrices, AdamW for the rest, over named parameters.
 
+    Args:
+        workers: threads that orthogonalise.
+
     Raises:
         FullarcError: on `step`, when a parameter that should move has no gradient.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, heads: HeadShape
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimSettings,
+        heads: HeadShape,
+        workers: int = 1,
     ) -> None:
-        self.settings, self.heads = settings, heads
+        self.settings, self.heads, self.workers = settings, heads, workers
         self.parameters = dict(parameters)
         all_adamw = settings.kind == "adamw"
         self._adamw_names = [n for n, p in self.parameters.items() if all_adamw or uses_adamw(n, p)]
@@ -181,7 +233,8 @@ class Optimizer:
         weights = {name: self.parameters[name].data for name in self._muon_names}
         directions = self._directions()
         torch._foreach_mul_(list(weights.values()), 1 - lr * self.settings.weight_decay)
-        add_orthogonal_(weights, directions, self.heads, self.settings.kind == "muon_split", lr)
+        split = self.settings.kind == "muon_split"
+        add_orthogonal_(weights, directions, self.heads, split, lr, self.workers)
 
     def _directions(self) -> dict[str, Tensor]:
         """Move the momentum and mix it with the gradient (Nesterov)."""

@@ -63,7 +63,7 @@ class Trainer:
         trainable: which parameter names are trained; the others are frozen (`requires_grad` is set
             accordingly).
         router_bias_rate: size of the loss-free balancing step; 0 = off.
-        workers: micro-batches computed at once.
+        workers: micro-batches computed at once, and threads of the optimizer.
         ranks: the processes that train this model together; every one of them calls `step` with the same
             micro-batches, computes its share of them and makes the same update.
     """
@@ -94,8 +94,8 @@ class Trainer:
 
     def _optimizer(self) -> Optimizer:
         if self.ranks.size == 1:
-            return Optimizer(self.parameters, self.settings, self.model.config)
-        return ShardedOptimizer(self.parameters, self.settings, self.model.config, self.ranks)
+            return Optimizer(self.parameters, self.settings, self.model.config, self.workers)
+        return ShardedOptimizer(self.parameters, self.settings, self.model.config, self.ranks, self.workers)
 
     def step(self, micro_batches: Sequence[Any], loss_fn: LossFn) -> dict[str, float]:
         """One update from all micro-batches; returns the step's metrics.

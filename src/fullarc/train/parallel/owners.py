@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fullarc.train.optim import (
-    NS_STEPS,
     HeadShape,
     Optimizer,
     OptimSettings,
     cut,
+    newton_schulz_cost,
     require_gradients,
     uses_adamw,
 )
@@ -35,11 +35,10 @@ def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:
     return owners
 
 
-def newton_schulz_cost(name: str, shape: tuple[int, ...], heads: HeadShape, split: bool) -> float:
-    """Multiplications of one update: per block and step a Gram matrix, its square and one product, A <= B."""
+def muon_cost(name: str, shape: tuple[int, ...], heads: HeadShape, split: bool) -> int:
+    """Multiplications of one update of a parameter's blocks."""
     blocks = [block for _, block in cut(name, torch.empty(shape, device="meta"), heads, split)]
-    flat = [(n, min(a, b), max(a, b)) for n, a, b in blocks]
-    return sum(n * NS_STEPS * (2 * a * a * b + a * a * a) for n, a, b in flat)
+    return sum(n * newton_schulz_cost(rows, columns) for n, rows, columns in blocks)
 
 
 def owners_of(
@@ -52,7 +51,7 @@ def owners_of(
         if settings.kind == "adamw" or uses_adamw(name, torch.empty(shape, device="meta")):
             adamw[name] = prod(shape)
         else:
-            muon[name] = newton_schulz_cost(name, shape, heads, settings.kind == "muon_split")
+            muon[name] = muon_cost(name, shape, heads, settings.kind == "muon_split")
     return share_out(muon, size) | share_out(adamw, size)
 
 
@@ -60,13 +59,18 @@ class ShardedOptimizer(Optimizer):
     """`Optimizer` over the parameters that this rank owns; `step` also brings the others' new weights."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, heads: HeadShape, ranks: Ranks
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimSettings,
+        heads: HeadShape,
+        ranks: Ranks,
+        workers: int = 1,
     ) -> None:
         self.everyone, self.ranks = dict(parameters), ranks
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.owners = owners_of(shapes, settings, heads, ranks.size)
         mine = {name: p for name, p in parameters.items() if self.owners[name] == ranks.rank}
-        super().__init__(mine, settings, heads)
+        super().__init__(mine, settings, heads, workers)
 
     def step(self, lr: float) -> None:
         """One update of all parameters, each by its owner."""
