@@ -13,11 +13,12 @@ from replies import Say, random_reply, scripted
 
 from fullarc.agent.tools import SHELL_TOOL
 from fullarc.chat import Tokenizer
+from fullarc.chat.turns import partial_text
 from fullarc.rollout.engine_client import Completion, EngineClient
 from fullarc.rollout.fake import FakeEngine
 from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.serve import serving
-from fullarc.rollout.wire import partial_text, read_completion
+from fullarc.rollout.wire import read_completion
 
 CALL = "<tool_call>shell<arg_key>command</arg_key><arg_value>cat a.txt</arg_value></tool_call>"
 HELLO: dict[str, Any] = {"model": "fullarc", "messages": [{"role": "user", "content": "hello"}]}

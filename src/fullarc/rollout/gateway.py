@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fullarc.chat import Message, Tokenizer, render, render_delta
+from fullarc.chat.openai import BadRequest, dump, error_body, message_json
 from fullarc.chat.render import Tools
 from fullarc.config.seeds import derive
 from fullarc.rollout import wire
@@ -34,7 +35,7 @@ from fullarc.rollout.engine_client import Completion, EngineClient, EngineError,
 from fullarc.rollout.sessions import Plan, Session
 from fullarc.rollout.streaming import Stream
 from fullarc.rollout.trajectory import EpisodeKey, Outcome, Trajectory
-from fullarc.rollout.wire import BadRequest, ChatRequest, Reply
+from fullarc.rollout.wire import ChatRequest, Reply
 
 SESSION_HEADER = "X-Session-ID"
 MAX_BODY = 16 << 20
@@ -172,7 +173,7 @@ class Gateway:
         for index, reply in enumerate(replies):
             choice = {
                 "index": index,
-                "message": wire.message_json(reply),
+                "message": message_json(reply.message),
                 "finish_reason": reply.finish,
                 "logprobs": wire.logprobs_json(self.tok, reply.completion) if request.logprobs else None,
                 "format_errors": reply.format_errors,
@@ -235,7 +236,7 @@ class Gateway:
     async def _trajectory(self, http: Request) -> Response:
         session_id = http.path_params["session"]
         trajectory = self.trajectory(session_id)
-        body = await run_in_threadpool(lambda: wire.dump(trajectory.to_atif()))
+        body = await run_in_threadpool(lambda: dump(trajectory.to_atif()))
         return Response(body, media_type="application/json")
 
     async def _delete(self, http: Request) -> Response:
@@ -270,7 +271,7 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (problem := self._problem(scope)):
-            response = _reply(wire.error_body(problem, code="unauthorized", kind="authentication_error"), 401)
+            response = _reply(error_body(problem, code="unauthorized", kind="authentication_error"), 401)
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -320,11 +321,11 @@ def _no_session(session_id: str) -> BadRequest:
 
 
 def _reply(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(wire.dump(body), status, media_type="application/json")
+    return Response(dump(body), status, media_type="application/json")
 
 
 async def _http_error(http: Request, error: HTTPException) -> Response:
-    return _reply(wire.error_body(error.detail), error.status_code)
+    return _reply(error_body(error.detail), error.status_code)
 
 
 async def _bad_request(http: Request, error: BadRequest) -> Response:
@@ -332,5 +333,5 @@ async def _bad_request(http: Request, error: BadRequest) -> Response:
 
 
 async def _engine_error(http: Request, error: EngineError) -> Response:
-    body = wire.error_body(str(error), code=f"engine_{error.kind}", kind="engine_error")
+    body = error_body(str(error), code=f"engine_{error.kind}", kind="engine_error")
     return _reply(body, _STATUS[error.kind])

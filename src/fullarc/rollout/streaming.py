@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.openai import dump, error_body
+from fullarc.chat.turns import partial_text
 from fullarc.rollout import wire
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Plan
@@ -32,7 +34,7 @@ class Stream:
 
     def grow(self, done: Completion) -> Iterator[bytes]:
         """Chunks for the text that is certain by now."""
-        reasoning, content = wire.partial_text(self._tok, done.token_ids, self._request.thinking)
+        reasoning, content = partial_text(self._tok, done.token_ids, self._request.thinking)
         delta = self._delta("reasoning_content", reasoning) | self._delta("content", content)
         if delta:
             yield self._chunk(delta, done, None)
@@ -54,7 +56,7 @@ class Stream:
 
     def error(self, text: str) -> bytes:
         """The stream breaks off: an error object in place of a chunk."""
-        return _event(wire.error_body(text, kind="engine_error"))
+        return _event(error_body(text, kind="engine_error"))
 
     def _delta(self, name: str, text: str) -> dict[str, Any]:
         sent = self._sent[name]
@@ -84,4 +86,4 @@ class Stream:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + wire.dump(body) + b"\n\n"
+    return b"data: " + dump(body) + b"\n\n"
