@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fullarc.model.pieces import QUERIES, each, gather, lanes, spans
 
-CACHE = 2**21  # bytes of gathered keys that are multiplied while they are in the cache
+CACHE = 2**22  # bytes of gathered keys that are multiplied while they are in the cache
 
 
 class _Gathered(torch.autograd.Function):

@@ -19,8 +19,8 @@ from fullarc.model.ops import apply_rope, topk_mask
 from fullarc.model.pieces import each, gather, lanes, spans
 
 TARGET_FLOOR = 1e-10
-FEW = 32  # queries that are scored at once
-TILE = 512  # keys whose dot products with FEW queries, of all heads, stay in the cache until they are summed
+FEW = 64  # queries that are scored at once
+TILE = 1024  # keys whose dot products with FEW queries, of all heads, stay in the cache until they are summed
 
 
 class Indexer(nn.Module):
@@ -77,7 +77,7 @@ class Indexer(nn.Module):
         out_tS = queries_MD.new_empty(len(q_tJd), len(k_Sd))
         for part in spans(0, len(k_Sd), TILE):
             dots_MS = F.relu(queries_MD @ keys_dS[:, part], inplace=True)
-            out_tS[:, part] = (w_tJ[:, None] @ dots_MS.unflatten(0, (-1, self.heads))).squeeze(1)
+            torch.bmm(w_tJ[:, None], dots_MS.unflatten(0, (-1, self.heads)), out=out_tS[:, None, part])
         return out_tS
 
     def scores_at(self, q_BtJd: Tensor, k_BSd: Tensor, w_BtJ: Tensor, positions: Tensor) -> Tensor:
