@@ -11,6 +11,7 @@ from fullarc.model import gather as gather_module
 from fullarc.model import mla as mla_module
 from fullarc.model.gather import gathered_attention
 from fullarc.model.indexer import Indexer, choose, select
+from fullarc.model.pieces import Scratch
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=3, intermediate_size=48,
@@ -41,7 +42,7 @@ def test_the_choice_is_that_of_select_ties_and_short_rows_included():
     allowed[:5, 3:] = False  # fewer than k
     for rows in (slice(None), slice(5, 20), slice(40, 50), slice(50, None)):
         for k in (1, 7, 30):
-            positions = choose(scores[rows].masked_fill(~allowed[rows], -torch.inf), k)
+            positions = choose(scores[rows].masked_fill(~allowed[rows], -torch.inf), k, Scratch())
             chosen = torch.zeros(len(positions), 51, dtype=torch.bool)
             chosen.scatter_(-1, torch.where(positions < 0, 50, positions).long(), True)
             assert torch.equal(chosen[..., :50], select(scores[rows], allowed[rows], k))
@@ -143,7 +144,7 @@ def test_tiles_change_nothing_but_rounding():
     )
     full = indexer.scores(q, k, w)
     for b in range(2):
-        assert torch.allclose(indexer.tiled_scores(q[b], k[b], w[b]), full[b], atol=1e-5)
+        assert torch.allclose(indexer.tiled_scores(q[b], k[b], w[b], Scratch()), full[b], atol=1e-5)
     positions = torch.randint(0, 1500, (2, 150, 9), generator=generator).int()
     some = indexer.scores_at(q, k, w, positions)
     expected = full.gather(-1, positions.long())

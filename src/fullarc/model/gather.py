@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullarc.model.pieces import QUERIES, each, gather, lanes, spans
+from fullarc.model.pieces import QUERIES, Scratch, each, gather, lanes, spans
 
 CACHE = 2**22  # bytes of gathered keys that are multiplied while they are in the cache
 
@@ -37,13 +37,13 @@ class _Gathered(torch.autograd.Function):
         out = q_nope.new_empty(rows, length, heads, up_v.shape[1])
         mass = keys_BSW.new_empty(positions.shape if weigh else (rows, length, 0))
 
-        def attend(place: tuple[int, slice]) -> None:
+        def attend(place: tuple[int, slice], scratch: Scratch) -> None:
             b, part = place
             q_tHW = _absorb(q_nope[b, part], q_rope[b, part], up_k, scale)
             sums_tHC = q_tHW.new_empty(*q_tHW.shape[:2], latent)
             for few in _few(q_tHW, positions):
                 mine = positions[b, part][few]
-                chosen, _ = gather(keys_BSW[b], mine)
+                chosen, _ = gather(keys_BSW[b], mine, scratch)
                 p = _softmax(torch.bmm(chosen, q_tHW[few].mT), mine)
                 torch.bmm(p.mT, chosen[..., :latent], out=sums_tHC[few])
                 if weigh:
@@ -62,7 +62,7 @@ class _Gathered(torch.autograd.Function):
         (rows, length, heads), latent = q_nope.shape[:3], up_k.shape[-1]
         grad_nope, grad_rope = torch.empty_like(q_nope), torch.empty_like(q_rope)
 
-        def lane(place: tuple[int, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        def lane(place: tuple[int, slice], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
             b, run = place
             grad_keys, grad_k, grad_v = (
                 torch.zeros_like(keys_BSW[b]),
@@ -70,19 +70,22 @@ class _Gathered(torch.autograd.Function):
                 torch.zeros_like(up_v),
             )
             for part in spans(run.start, run.stop, QUERIES):
-                both = keys_BSW.new_zeros(len(q_nope[b, part]), 2 * heads, keys_BSW.shape[-1])  # [q' g]
+                both = scratch(
+                    "both", q_nope, len(q_nope[b, part]), 2 * heads, keys_BSW.shape[-1]
+                ).zero_()  # [q' g]
                 both[:, :heads] = _absorb(q_nope[b, part], q_rope[b, part], up_k, ctx.scale)
                 both[:, heads:, :latent] = torch.einsum("thv,hvc->thc", grad_out[b, part], up_v)
-                back = torch.empty_like(both)
+                back = scratch("back", both, *both.shape)
                 for few in _few(both, positions):
                     mine = positions[b, part][few]
-                    chosen, where = gather(keys_BSW[b], mine)
+                    chosen, where = gather(keys_BSW[b], mine, scratch)
                     s = torch.bmm(chosen, both[few].mT)
                     p, grad_p = _softmax(s[..., :heads], mine), s[..., heads:]
-                    grad_s = p * (grad_p - (p * grad_p).sum(1, keepdim=True))
-                    s = torch.cat((grad_s, p), -1)
+                    grad_p.sub_((p * grad_p).sum(1, keepdim=True))
+                    torch.mul(p, grad_p, out=s[..., :heads])
+                    s[..., heads:] = p
                     torch.bmm(s.mT, chosen, out=back[few])
-                    grad_keys.index_add_(0, where, torch.bmm(s, both[few]).flatten(0, 1))
+                    grad_keys.index_add_(0, where, torch.bmm(s, both[few], out=chosen).flatten(0, 1))
                 grad_q, sums = back[:, :heads].mul_(ctx.scale), back[:, heads:, :latent]
                 grad_nope[b, part] = torch.einsum("thc,hnc->thn", grad_q[..., :latent], up_k)
                 grad_rope[b, part] = grad_q[..., latent:]

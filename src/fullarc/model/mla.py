@@ -19,7 +19,7 @@ from fullarc.config.model import ModelConfig
 from fullarc.model.gather import gathered_attention
 from fullarc.model.indexer import FEW, Indexer, choose, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
-from fullarc.model.pieces import each, spans
+from fullarc.model.pieces import Scratch, each, spans
 
 GATHER_FROM = 8  # times the top-k that must be visible
 BLOCK = 128
@@ -156,11 +156,11 @@ class Index:
             rows, stop - start, self.indexer.topk, dtype=torch.int32, device=self.weights.device
         )
 
-        def take(place: tuple[Chunk, int, slice]) -> None:
+        def take(place: tuple[Chunk, int, slice], scratch: Scratch) -> None:
             chunk, b, few = place
             keys = row_BTd[b, : chunk.part.stop] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
-            scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few])
-            taken = choose(chunk.hide(scores, b, few), self.indexer.topk)
+            scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few], scratch)
+            taken = choose(chunk.hide(scores, b, few), self.indexer.topk, scratch)
             mine = torch.where(taken < 0, -1, chunk.keys[taken.clamp_min(0)])
             positions[b, few.start - start : few.stop - start] = mine
 
