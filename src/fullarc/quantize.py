@@ -1,4 +1,4 @@
-"""`fullarc quantize CHECKPOINT OUT`: write a checkpoint with INT4 experts, in the form of compressed-tensors."""
+"""`fullarc quantize CHECKPOINT OUT`: write a checkpoint with INT4 or INT8 weights (compressed-tensors)."""
 
 import argparse
 import json
@@ -8,44 +8,66 @@ from pathlib import Path
 
 from fullarc.config.errors import FullarcError
 
+SCHEMES = {
+    "w4a16": "experts in 4 bits, what they read as it is",
+    "w8a8": "experts, attention and dense layers in 8 bits, and so what they read, token by token",
+    "w4a8": "the same with routed experts in 4 bits",
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """The verb."""
     from fullarc.model import QuantScheme, quantize_checkpoint
     from fullarc.model.compressed import KINDS
+    from fullarc.model.quant import quantize, quantize_best
     from fullarc.rollout.serve import resolve_model
 
     parser = argparse.ArgumentParser(
-        prog="fullarc quantize", description="Write a checkpoint with quantised weights (compressed-tensors)."
+        prog="fullarc quantize",
+        description="Write a checkpoint with quantised weights (compressed-tensors).",
+        epilog="Schemes: " + "; ".join(f"{name}: {told}" for name, told in SCHEMES.items()) + ".",
     )
     parser.add_argument("folder", type=Path, metavar="CHECKPOINT", help="checkpoint or run folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument(
-        "--group", type=int, default=32, help="weights of a row that share a scale; 0 = the whole row"
+        "--scheme", choices=list(SCHEMES), help="in place of --bits, --what and --rest; see below"
     )
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="default: 4")
     parser.add_argument(
-        "--what",
-        nargs="+",
-        choices=list(KINDS),
-        default=["experts"],
-        help="kinds of matrices; default: experts",
-    )
+        "--group", type=int, help="weights of a row that share a scale; 0 = the whole row, and all there is where "
+        "inputs are rounded too; default: 32"
+    )  # fmt: skip
+    parser.add_argument("--what", nargs="+", choices=list(KINDS), help="kinds of matrices; default: experts")
     parser.add_argument(
-        "--rest", type=int, choices=(0, 4, 8), default=0, metavar="BITS",
+        "--rest", type=int, choices=(0, 4, 8), metavar="BITS",
         help="bits of the other kinds, one scale a row; default: 0, left as they are",
     )  # fmt: skip
+    parser.add_argument(
+        "--search", action="store_true", help="scales of least squared error, not of no clamping"
+    )
+    parser.add_argument("--rotate", action="store_true", help="spread outliers of latents and values first")
+    parser.add_argument("--wide", action="store_true", help="with w4a8: 4 bits in a byte, for vLLM's experts")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     folder, out = resolve_model(arguments.folder), arguments.out
     _check_out(folder, out, arguments.overwrite)
-    if arguments.group < 0:
+    if (arguments.group or 0) < 0:
         parser.error("--group must be 0 or more")
+    if arguments.scheme and (arguments.bits or arguments.what or arguments.rest is not None):
+        parser.error("--scheme says what --bits, --what and --rest would")
+    if arguments.wide and arguments.scheme != "w4a8":
+        parser.error("--wide is for --scheme w4a8")
 
-    first, rest = QuantScheme(arguments.bits, arguments.group), QuantScheme(arguments.rest, 0)
-    plan = {kind: first if kind in arguments.what else rest for kind in KINDS}
-    reports = quantize_checkpoint(folder, out, {kind: scheme for kind, scheme in plan.items() if scheme.bits})
+    tokens = arguments.scheme in ("w8a8", "w4a8")
+    group = (0 if tokens else 32) if arguments.group is None else arguments.group
+    first = QuantScheme(8 if arguments.scheme == "w8a8" else arguments.bits or 4, group, tokens)
+    rest = QuantScheme(8 if tokens else arguments.rest or 0, 0, tokens)
+    plan = {kind: first if kind in (arguments.what or ["experts"]) else rest for kind in KINDS}
+    reports = quantize_checkpoint(
+        folder, out, {kind: scheme for kind, scheme in plan.items() if scheme.bits},
+        arguments.wide, quantize_best if arguments.search else quantize, arguments.rotate,
+    )  # fmt: skip
     before, after = (sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (folder, out))
     if arguments.json:
         sizes = {"checkpoint": str(out), "bytes_before": before, "bytes_after": after}
@@ -54,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     for report in reports:
         print(
             f"{report.kind:10} {report.matrices:6} matrices in {report.bits} bits  {_mb(report.bytes_before)} -> "
-            f"{_mb(report.bytes_after)} MB  relative error {report.error:.4f}"
+            f"{_mb(report.bytes_after)} MB, {report.ratio:.3f} of bf16  relative error {report.error:.4f}"
         )
     print(f"{out}: {_mb(before)} -> {_mb(after)} MB")
     return 0

@@ -140,6 +140,6 @@ def test_a_quantised_checkpoint_is_served_as_training_saw_it(shaped, tmp_path):
         assert row == pytest.approx(reference(aware, ids), abs=5e-5)
         assert row != pytest.approx(reference(model, ids), abs=1e-2)
     weights = [prepare(net).layers[1].ffn for net in (aware, load_model(tmp_path / "int4"))]
-    assert torch.equal(weights[0].gate_up, weights[1].gate_up) and torch.equal(
-        weights[0].down, weights[1].down
+    assert torch.equal(weights[0].gate_up.weight, weights[1].gate_up.weight) and torch.equal(
+        weights[0].down.weight, weights[1].down.weight
     )

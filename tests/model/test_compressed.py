@@ -194,3 +194,154 @@ def test_a_checkpoint_in_several_files_becomes_one(source: Path, tmp_path: Path)
     }
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert set(whole) == set(parts) and all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+# --- products of integers --------------------
+
+
+def by_token(bits: int) -> QuantScheme:
+    return QuantScheme(bits, 0, tokens=True)
+
+
+W8A8 = {kind: by_token(8) for kind in ("experts", "shared", "dense", "attention")}
+W4A8 = W8A8 | {"experts": by_token(4)}
+
+
+@pytest.mark.parametrize("plan,wide", [(W8A8, False), (W4A8, False), (W4A8, True)])
+def test_what_rounds_its_inputs_is_stored_and_loaded_so(
+    source: Path, tmp_path: Path, plan: dict[str, QuantScheme], wide: bool
+) -> None:
+    quantize_checkpoint(source, tmp_path / "out", plan, wide)
+    disk, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
+    loaded = load_model(tmp_path / "out")
+    save_model(loaded, tmp_path / "plain")
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    assert set(plain) == set(before)
+    seen = {"int8": 0, "packed": 0}
+    for name, weight in before.items():
+        if f"{name}_packed" in disk:
+            bits = 4 if ".experts." in name else 8
+            assert bits == 4 and plan is W4A8 and not wide or "kv_b_proj" in name
+            expected = restore(disk, name, bits)
+            seen["packed"] += 1
+        elif f"{name}_scale" in disk:
+            assert disk[name].dtype == np.int8 and disk[f"{name}_scale"].shape == (len(weight), 1)
+            expected = disk[name].astype(np.float32) * disk[f"{name}_scale"]
+            low = -8 if plan is W4A8 and ".experts." in name else -128
+            assert disk[name].min() >= low and disk[name].max() <= -low - 1
+            seen["int8"] += 1
+        else:
+            expected = weight
+        assert np.array_equal(plain[name], expected), name
+    assert seen == {
+        "int8": 21 if plan is W4A8 and not wide else 45,
+        "packed": 27 if plan is W4A8 and not wide else 3,
+    }
+
+    attention, moe = loaded.layers[1].self_attn, loaded.layers[1].mlp
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    steps = x.abs().amax(-1, keepdim=True) / 127.5
+    rounded = (x / steps).round().clamp(-128, 127) * steps
+    for linear in (attention.q_a_proj, moe.shared_experts.gate_proj):
+        assert torch.equal(linear(x), rounded @ linear.weight.T)
+    assert isinstance(attention.kv_b_proj, torch.nn.Linear) and not hasattr(attention.kv_b_proj, "scale")
+    assert moe.experts.scales[0].shape == (4, 32, 1) and moe.experts.scales[1].shape == (4, 32, 1)
+    ends = torch.tensor([16, 16, 32, 48], dtype=torch.int32)
+    rows = x.repeat(10, 1)[:48]
+    assert torch.equal(moe.experts(rows, ends), moe.experts(rounded.repeat(10, 1)[:48], ends))
+
+
+@pytest.mark.parametrize("plan,wide", [(MIXED, False), (W8A8, False), (W4A8, False), (W4A8, True)])
+def test_compressed_tensors_reads_the_same(
+    source: Path, tmp_path: Path, plan: dict[str, QuantScheme], wide: bool
+) -> None:
+    """The library itself (not one of our dependencies): same matrices, same weights, same products."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    quantize_checkpoint(source, tmp_path / "out", plan, wide)
+    loaded = load_model(tmp_path / "out")
+    save_model(loaded, tmp_path / "plain")
+    disk, plain = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("out", "plain"))
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    tree = torch.nn.Module()
+    for name, weight in plain.items():
+        at = tree
+        *path, leaf = name.removesuffix(".weight").split(".")
+        for step in path:
+            if not hasattr(at, step):
+                at.add_module(step, torch.nn.Module())
+            at = getattr(at, step)
+        if name.endswith(".weight") and weight.ndim == 2:
+            at.add_module(leaf, torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    config = QuantizationConfig.model_validate(said)
+    apply_quantization_config(tree, config, show_progress=False)
+    compressor = ModelCompressor(config)
+    compressor.compress_model(tree)
+    assert {n for n in tree.state_dict() if "packed" in n} == {n for n in disk if "packed" in n}
+    wanted = {name: torch.tensor(value) for name, value in disk.items() if name in tree.state_dict()}
+    tree.load_state_dict(wanted)
+    compressor.decompress_model(tree)
+    quantised = [n for n in plain if f"{n}_scale" in disk]
+    assert len(quantised) == sum(hasattr(module, "quantization_scheme") for module in tree.modules()) > 20
+    for name in quantised:
+        module = tree.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(module.weight, torch.tensor(plain[name])), name
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))  # tokens are its second dimension
+    for name in ("model.layers.1.self_attn.q_a_proj", "model.layers.0.mlp.up_proj"):
+        ours = loaded.get_submodule(name.removeprefix("model."))
+        assert torch.allclose(tree.get_submodule(name)(x), ours(x), atol=1e-6), name
+    expert = tree.get_submodule("model.layers.1.mlp.experts.2.down_proj")
+    assert (expert.quantization_scheme.input_activations is not None) == (plan is not MIXED)
+
+
+def test_what_others_write_is_read(source: Path, tmp_path: Path) -> None:
+    """llm-compressor's form of W8A8: one group for class Linear, scales in bf16, some modules ignored."""
+    quantize_checkpoint(source, tmp_path / "out", W8A8)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"] | {"targets": ["Linear"]}
+    config["quantization_config"] |= {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    (tmp_path / "out/manifest.json").unlink()
+    loaded = load_model(tmp_path / "out")
+    assert (
+        loaded.layers[0].mlp.up_proj.scale is not None and loaded.mtp_layer.self_attn.o_proj.scale is not None
+    )
+
+    group["input_activations"] |= {"strategy": "tensor", "dynamic": False}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(FullarcError, match="inputs rounded as .*'strategy': 'tensor'"):
+        load_model(tmp_path / "out")
+
+
+def test_schemes_of_the_verb(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {}
+    for scheme in ("w4a16", "w8a8", "w4a8"):
+        more = ["--group", "16"] if scheme == "w4a16" else ["--search", "--rotate"]
+        words = ["quantize", str(source), str(tmp_path / scheme), "--scheme", scheme, *more, "--json"]
+        assert cli.main(words) == 0
+        kinds[scheme] = {kind["kind"]: kind for kind in json.loads(capsys.readouterr().out)["kinds"]}
+    assert set(kinds["w4a16"]) == {"experts"} and not kinds["w4a16"]["experts"]["tokens"]
+    for scheme, bits in (("w8a8", 8), ("w4a8", 4)):
+        assert {kind: (told["bits"], told["tokens"]) for kind, told in kinds[scheme].items()} == {
+            kind: (bits if kind == "experts" else 8, True) for kind in W8A8
+        }
+    told = kinds["w8a8"]["dense"]
+    assert told["ratio"] == pytest.approx(told["bytes_after"] / (told["bytes_before"] / 2))
+
+    cases = [
+        (["--scheme", "w8a8", "--bits", "4"], 2, "--scheme says what"),
+        (["--wide"], 2, "--wide is for"),
+        (["--scheme", "w4a8", "--group", "16"], 3, "A group of 16 does not go with 8-bit inputs"),
+    ]
+    for words, code, message in cases:
+        words = ["quantize", str(source), str(tmp_path / "new"), *words]
+        if code == 2:
+            with pytest.raises(SystemExit) as stop:
+                cli.main(words)
+            assert stop.value.code == 2
+        else:
+            assert cli.main(words) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -71,7 +71,7 @@ class Core:
         """
         w = self.weights
         ids_N, batch = self._batch(chunks)
-        h_ND = w.embed[ids_N]
+        h_ND = w.embed[ids_N].float()
         for number, layer in enumerate(w.layers):
             h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
             normed = _norm(h_ND, layer.ffn_norm, w.config.rms_norm_eps)
@@ -84,7 +84,7 @@ class Core:
     def logits(self, hidden_ND: Tensor, rows: list[int]) -> Tensor:
         """Logits [len(rows), V] of chosen rows."""
         padding = -len(rows) % ROW_BLOCK
-        return torch.mm(hidden_ND[torch.tensor(rows + rows[:1] * padding)], self.weights.head)[: len(rows)]
+        return self.weights.head(hidden_ND[torch.tensor(rows + rows[:1] * padding)])[: len(rows)]
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Core:
     def _attention(self, number: int, w: AttentionWeights, h_ND: Tensor, batch: _Batch) -> Tensor:
         c = self.weights.config
         rope, eps = c.qk_rope_head_dim, c.latent_norm_eps
-        parts = torch.mm(_norm(h_ND, w.norm, c.rms_norm_eps), w.hidden)
+        parts = w.hidden(_norm(h_ND, w.norm, c.rms_norm_eps))
         q_latent, latent, k_rope, for_index = parts.tensor_split(
             (c.q_lora_rank, c.q_lora_rank + c.kv_lora_rank, c.q_lora_rank + self.cache.width), dim=-1
         )
@@ -139,14 +139,14 @@ class Core:
         values[batch.slots_N, batch.positions_N] = latent
 
         q_latent = _norm(q_latent, w.q_norm, eps)
-        q_NAW = torch.mm(q_latent, w.q).unflatten(-1, (padded_heads(c), self.cache.width))
+        q_NAW = w.q(q_latent).unflatten(-1, (padded_heads(c), self.cache.width))
         rotate(q_NAW[..., c.kv_lora_rank :], cos, sin)
         q_NAW = q_NAW.index_select(0, batch.gather)
         starts = itertools.accumulate((len(grid.rows) for grid in batch.grids), initial=0)
         parts_of = [slice(at, at + len(grid.rows)) for at, grid in zip(starts, batch.grids, strict=False)]
         topk = self.cache.max_len if c.dense_attention else c.index_topk
         if w.index_q is not None and any(grid.longest >= topk for grid in batch.grids):
-            iq_NJI = torch.mm(q_latent, w.index_q).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+            iq_NJI = w.index_q(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
             rotate(iq_NJI[..., :rope], cos, sin)
             iq_NJI = iq_NJI.index_select(0, batch.gather)
             w_NJ = for_index[:, c.index_head_dim :].index_select(0, batch.gather)
@@ -158,7 +158,7 @@ class Core:
             attend(q_NAW[own], bias_NS, grid, keys, values)
             for own, bias_NS, grid in zip(parts_of, batch.biases, batch.grids, strict=True)
         ]
-        return torch.mm(torch.cat(outs).index_select(0, batch.back_N).flatten(1), w.out)
+        return w.out(torch.cat(outs).index_select(0, batch.back_N).flatten(1))
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -167,18 +167,18 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _ffn(w: FFNWeights, x_ND: Tensor) -> Tensor:
     """down(silu(gate x) * up x)."""
-    gate, up = torch.mm(x_ND, w.gate_up).chunk(2, dim=-1)
-    return torch.mm(F.silu(gate).mul_(up), w.down)
+    gate, up = w.gate_up(x_ND).chunk(2, dim=-1)
+    return w.down(F.silu(gate).mul_(up))
 
 
 def _moe(w: MoEWeights, x_ND: Tensor) -> Tensor:
     """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows."""
     _, chosen_NK, g_NK = w.router(x_ND)
-    slot_NK, ends_E = dispatch(chosen_NK, len(w.gate_up))
+    slot_NK, ends_E = dispatch(chosen_NK, len(w.router.weight))
     row_NK = torch.arange(len(x_ND))[:, None].expand_as(slot_NK)
     row_P = slot_NK.new_zeros(int(ends_E[-1])).index_put_((slot_NK,), row_NK)
-    gate_PF, up_PF = F.grouped_mm(x_ND.index_select(0, row_P), w.gate_up, offs=ends_E).chunk(2, dim=-1)
-    out_PD = F.grouped_mm(F.silu(gate_PF).mul_(up_PF), w.down, offs=ends_E)
+    gate_PF, up_PF = w.gate_up(x_ND.index_select(0, row_P), ends_E).chunk(2, dim=-1)
+    out_PD = w.down(F.silu(gate_PF).mul_(up_PF), ends_E)
     y_ND = _combine(out_PD.index_select(0, slot_NK.flatten()).unflatten(0, slot_NK.shape), g_NK)
     return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
 

@@ -13,6 +13,7 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
 from fullarc.engine.core import Core
+from fullarc.engine.products import DTYPES
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Request, RequestError, Scheduler
 from fullarc.engine.weights import EngineWeights, prepare
@@ -36,13 +37,20 @@ class Output:
     top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
 
 
-def load_weights(folder: str | Path, version: str = "0") -> EngineWeights:
-    """Verified, fused weights of a checkpoint folder. Raises FullarcError naming what is wrong."""
+def load_weights(folder: str | Path, version: str = "0", dtype: str = "fp32") -> EngineWeights:
+    """Verified, fused weights of a checkpoint folder for computing in `dtype` (see `engine.products`).
+
+    Raises FullarcError naming what is wrong.
+    """
+    if dtype not in DTYPES:
+        raise FullarcError(
+            f"The engine does not compute in '{dtype}'.", f"Choose one of: {', '.join(DTYPES)}."
+        )
     model = load_model(folder)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise FullarcError(f"{folder}: {name} contains NaN or infinity.", "Use an earlier checkpoint.")
-    return prepare(model, version)
+    return prepare(model, version, dtype)
 
 
 def same_shape(new: EngineWeights, old: EngineWeights) -> None:
@@ -69,6 +77,7 @@ class Engine:
         threads: torch threads (results are bitwise reproducible per thread count).
         prefix_tokens: size of the prefix cache.
         chunk_tokens: prompt tokens computed per step.
+        dtype: "fp32", "bf16" (half the memory) or "fp8" (emulated); a quantised checkpoint's integers stay integers.
 
     Raises FullarcError if the folder is not a valid checkpoint.
     """
@@ -82,9 +91,10 @@ class Engine:
         prefix_tokens: int = 32768,
         chunk_tokens: int = 512,
         weight_version: str = "0",
+        dtype: str = "fp32",
     ) -> None:
         torch.set_num_threads(threads)
-        weights = load_weights(folder, weight_version)
+        weights = load_weights(folder, weight_version, dtype)
         core = Core(weights, max_batch, min(max_len, weights.config.max_position_embeddings))
         self.scheduler = Scheduler(
             core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens
@@ -144,7 +154,7 @@ class Engine:
 
     def update_weights(self, folder: str | Path, weight_version: str) -> None:
         """Replace the weights by those of `folder`; the engine is unchanged if that fails."""
-        weights = load_weights(folder, weight_version)
+        weights = load_weights(folder, weight_version, self.scheduler.core.weights.dtype)
         same_shape(weights, self.scheduler.core.weights)
         self.scheduler.set_weights(weights)
 

@@ -34,6 +34,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.engine.engine import Engine, load_weights, same_shape
 from fullarc.engine.guard import KeyCheck, answering, read_body
 from fullarc.engine.metrics import Latencies, prometheus
+from fullarc.engine.products import DTYPES
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import QueueFullError, Request, RequestError, Scheduler
 from fullarc.engine.wire import AbortBody, GenerateBody, PauseBody, SeedSource, UpdateBody, reply, requests_of
@@ -163,7 +164,7 @@ class Server:
                 version = str(int(old.version) + 1) if old.version.isdigit() else "1"
             begin = time.monotonic()
             try:
-                weights = await asyncio.to_thread(load_weights, body.model_path, version)
+                weights = await asyncio.to_thread(load_weights, body.model_path, version, old.dtype)
                 same_shape(weights, old)
             except FullarcError as error:
                 return JSONResponse({"success": False, "message": str(error)}, status_code=400)
@@ -327,6 +328,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-queue", type=int, default=4096, help="waiting requests before 429")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--weight-version", default="0")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="bf16: half the memory; fp8: emulated"
+    )
     parser.add_argument("--detach", action="store_true", help="go on when the parent process has died")
     return parser
 
@@ -341,7 +345,12 @@ def main(argv: list[str] | None = None) -> int:
             )
         parent = os.getppid()
         engine = Engine(
-            args.model, args.max_batch, args.max_len, args.threads, weight_version=args.weight_version
+            args.model,
+            args.max_batch,
+            args.max_len,
+            args.threads,
+            weight_version=args.weight_version,
+            dtype=args.dtype,
         )
         engine.scheduler.max_queue = args.max_queue
         try:

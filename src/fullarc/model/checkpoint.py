@@ -19,8 +19,19 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, verify_manifest
 from fullarc.config.model import ModelConfig
-from fullarc.model.compressed import KindReport, Plan, compress, decompress, quantization_config
+from fullarc.model.compressed import (
+    KindReport,
+    Plan,
+    Quantizer,
+    compress,
+    decompress,
+    quantization_config,
+    rounds_inputs,
+)
 from fullarc.model.glm import GlmMoeDsa
+from fullarc.model.moe import Experts
+from fullarc.model.quant import Linear, quantize
+from fullarc.model.rotation import rotate
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS = "model.safetensors"
@@ -76,10 +87,22 @@ def write_model(model: GlmMoeDsa, folder: Path, tokenizer_dir: Path | None = Non
             shutil.copyfile(Path(tokenizer_dir or "") / name, folder / name)
 
 
-def quantize_checkpoint(folder: Path, out: Path, plan: Plan) -> list[KindReport]:
+def quantize_checkpoint(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    wide: bool = False,
+    quantizer: Quantizer = quantize,
+    turn: bool = False,
+) -> list[KindReport]:
     """Write the checkpoint `folder`, quantised by `plan`, as the checkpoint `out` (an existing one is replaced).
 
     Everything but the trainer's state comes along. Returns what happened to each kind of matrix.
+
+    Args:
+        wide: store integers of 4 bits in bytes where inputs are rounded too, as vLLM's experts want them.
+        quantizer: how integers and scales are found.
+        turn: rotate latents and values first (`model.rotation`).
 
     Raises:
         FullarcError: `folder` is no checkpoint, is damaged or quantised already, or does not fit the plan.
@@ -90,12 +113,15 @@ def quantize_checkpoint(folder: Path, out: Path, plan: Plan) -> list[KindReport]
         raise FullarcError(f"{folder} is quantised already.", "Start from the checkpoint it was made of.")
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
-    tensors, reports = compress(read_tensors(folder), plan)
+    tensors = read_tensors(folder)
+    if turn:
+        tensors = rotate(tensors, ModelConfig.from_hf(config))
+    tensors, reports = compress(tensors, plan, wide, quantizer)
     with atomic_dir(Path(out)) as temp:
         for file in folder.iterdir():
             if file.is_file() and file.name != "manifest.json" and ".safetensors" not in file.name:
                 shutil.copyfile(file, temp / file.name)
-        content = config | {"quantization_config": quantization_config(plan)}
+        content = config | {"quantization_config": quantization_config(plan, wide)}
         (temp / "config.json").write_text(json.dumps(content, indent=2) + "\n")
         save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
     return reports
@@ -147,7 +173,7 @@ def load_model(
 
 def load_state(model: GlmMoeDsa, folder: Path) -> None:
     """Put the tensors of `folder` into `model` (which may be on the meta device). Strict; see `load_model`."""
-    tensors = decompress(read_tensors(folder))
+    tensors, scales = decompress(read_tensors(folder))
     layers = model.config.num_hidden_layers
     state: dict[str, Tensor] = {}
     for name, current in model.state_dict().items():
@@ -166,6 +192,43 @@ def load_state(model: GlmMoeDsa, folder: Path) -> None:
     model.load_state_dict(state, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if scales:
+        _set_scales(model, scales, folder)
+
+
+def _set_scales(model: GlmMoeDsa, scales: dict[str, Tensor], folder: Path) -> None:
+    """Tell the modules whose products are of integers, by config.json, the scales of their weights."""
+    rounds = rounds_inputs(_read_config(folder).get("quantization_config") or {})
+    layers = model.config.num_hidden_layers
+
+    def of(matrix: str) -> Tensor | None:
+        scale = scales.get(f"{matrix}.weight")
+        if scale is None or not rounds(matrix):
+            return None
+        if scale.shape[1] != 1:
+            raise FullarcError(
+                f"{folder}: {matrix} rounds its inputs and has {scale.shape[1]} scales a row.",
+                "Sums of integers need one scale a row.",
+            )
+        return scale
+
+    for name, module in model.named_modules():
+        disk = _disk_name(name, layers)
+        if isinstance(module, Linear):
+            module.scale = of(disk)
+        elif isinstance(module, Experts):
+            gates, ups, downs = (
+                [of(f"{disk}.{expert}.{part}_proj") for expert in range(len(module.down_proj))]
+                for part in ("gate", "up", "down")
+            )
+            both = [
+                torch.cat((gate, up))
+                for gate, up in zip(gates, ups, strict=True)
+                if gate is not None and up is not None
+            ]
+            inner = [down for down in downs if down is not None]
+            if len(both) == len(inner) == len(downs):
+                module.scales = torch.stack(both), torch.stack(inner)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

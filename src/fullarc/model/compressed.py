@@ -1,18 +1,23 @@
-"""Quantised checkpoints in the pack-quantized form of compressed-tensors, which transformers and vLLM know.
+"""Quantised checkpoints in the forms of compressed-tensors, which transformers and vLLM know.
 
-On disk a quantised matrix X.weight [O, I] is three tensors:
+On disk a quantised matrix X.weight [O, I] is, where only weights are rounded or they have 4 bits (pack-quantized),
 
     X.weight_packed  int32 [O, ceil(I * bits / 32)]     X.weight_scale  fp32 [O, G]     X.weight_shape  (O, I)
 
-and `quantization_config` in config.json says, by patterns of module names, which matrices have which scheme. Norms,
-router, indexer, MTP projection, embeddings and output layer are always left alone.
+and where inputs are rounded too and weights have 8 bits (int-quantized; `wide`: 4 bits as well, one in a byte)
+
+    X.weight  int8 [O, I]     X.weight_scale  fp32 [O, 1]
+
+`quantization_config` in config.json says, by patterns of module names, which matrices have which scheme. Norms, router,
+indexer, MTP projection, embeddings and output layer are always left alone. kv_b_proj never rounds its inputs: while
+decoding it is absorbed into queries and outputs and has none.
 
 Invariant: what is loaded is, to the bit, what quantisation-aware training computed with (`model.quant`).
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +40,9 @@ _ALONE = (
     r".*embed_tokens$",
     r".*(lm_head|shared_head\.head)$",
 )
-_FORMAT = "pack-quantized"
+_ABSORBED = r".*\.self_attn\.kv_b_proj$"
+_PACKED, _BYTES, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 Plan = Mapping[str, QuantScheme]
 """The scheme of each kind that is to be quantised."""
@@ -43,15 +50,24 @@ Plan = Mapping[str, QuantScheme]
 
 @dataclass
 class KindReport:
-    """What quantisation did to one kind of matrix; `error` is ||W - W'|| / ||W|| over all of them."""
+    """What quantisation did to one kind of matrix; `error` is ||W - W'|| / ||W|| over all of them.
+
+    Bytes are of the checkpoint as it was and as it is; `ratio` is to what bf16 would take.
+    """
 
     kind: str
     bits: int
     group: int
+    tokens: bool
     matrices: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    ratio: float = 0.0
     error: float = 0.0
+
+
+Quantizer = Callable[[Tensor, QuantScheme], tuple[Tensor, Tensor]]
+"""How integers and scales are found: `quant.quantize`, or a search."""
 
 
 def kind_of(name: str) -> str | None:
@@ -62,30 +78,39 @@ def kind_of(name: str) -> str | None:
     )
 
 
-def compress(tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], list[KindReport]]:
+def compress(
+    tensors: Mapping[str, Tensor], plan: Plan, wide: bool = False, quantizer: Quantizer = quantize
+) -> tuple[dict[str, Tensor], list[KindReport]]:
     """The tensors of a checkpoint with those of the plan's kinds quantised, and what that did to each kind.
 
     Raises:
         FullarcError: a group does not divide a matrix, or the checkpoint has nothing of a kind.
     """
     out: dict[str, Tensor] = {}
-    reports = {kind: KindReport(kind, scheme.bits, scheme.group) for kind, scheme in plan.items()}
-    squares = dict.fromkeys(plan, (0.0, 0.0))
+    reports = {
+        kind: KindReport(kind, scheme.bits, scheme.group, scheme.tokens) for kind, scheme in plan.items()
+    }
+    squares, weights = dict.fromkeys(plan, (0.0, 0.0)), dict.fromkeys(plan, 0)
     for name, weight in tensors.items():
         kind = kind_of(name)
         if kind is None or kind not in plan:
             out[name] = weight
             continue
+        scheme = _of_module(name.removesuffix(".weight"), plan[kind])
         try:
-            q, scale = quantize(weight, plan[kind])
+            q, scale = quantizer(weight, scheme)
         except FullarcError as error:
             raise FullarcError(f"{name}: {error.message}", error.hint) from None
-        shape = torch.tensor(weight.shape)
-        parts = {"packed": pack(q, plan[kind].bits), "scale": scale, "shape": shape}
-        out |= {f"{name}_{part}": value for part, value in parts.items()}
+        if _form(scheme, wide) == _BYTES:
+            parts = {name: q, f"{name}_scale": scale}
+        else:
+            shape = torch.tensor(weight.shape)
+            parts = {f"{name}_packed": pack(q, scheme.bits), f"{name}_scale": scale, f"{name}_shape": shape}
+        out |= parts
         report, (lost, whole) = reports[kind], squares[kind]
         difference = weight.double() - dequantize(q, scale)
         squares[kind] = lost + float(difference.square().sum()), whole + float(weight.double().square().sum())
+        weights[kind] += weight.numel()
         report.matrices += 1
         report.bytes_before += weight.nbytes
         report.bytes_after += sum(value.nbytes for value in parts.values())
@@ -94,24 +119,45 @@ def compress(tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Tenso
             raise FullarcError(f"The checkpoint has no matrix of the kind '{kind}'.")
         lost, whole = squares[kind]
         report.error = (lost / whole) ** 0.5 if whole else 0.0
+        report.ratio = report.bytes_after / (2 * weights[kind])
     return out, list(reports.values())
 
 
-def decompress(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with every packed matrix restored to fp32; others are passed on, so a plain checkpoint is itself.
+def _of_module(module: str, scheme: QuantScheme) -> QuantScheme:
+    """The scheme of one matrix of a kind."""
+    return replace(scheme, tokens=False) if re.match(_ABSORBED, module) else scheme
+
+
+def _form(scheme: QuantScheme, wide: bool) -> str:
+    return _BYTES if scheme.tokens and (scheme.bits == 8 or wide) else _PACKED
+
+
+def decompress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors with every quantised matrix restored to fp32, and the scales of those, by the matrix's name.
+
+    Others are passed on, so a plain checkpoint is itself.
 
     Raises:
         FullarcError: parts of a matrix are missing or do not fit together.
     """
-    out = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".weight_packed")]:
-        weight = name.removesuffix("_packed")
-        for part in ("scale", "shape"):
-            if f"{weight}_{part}" not in tensors:
-                raise FullarcError(f"Tensor {weight}_{part} is missing.", "Use another checkpoint.")
-        words, scale, shape = (out.pop(f"{weight}_{part}") for part in ("packed", "scale", "shape"))
-        out[weight] = _restore(name, words, scale, tuple(shape.tolist()))
-    return out
+    out, scales = dict(tensors), dict[str, Tensor]()
+
+    def part(weight: str, name: str) -> Tensor:
+        if f"{weight}_{name}" not in out:
+            raise FullarcError(f"Tensor {weight}_{name} is missing.", "Use another checkpoint.")
+        return out.pop(f"{weight}_{name}")
+
+    for name, value in tensors.items():
+        if name.endswith(".weight_packed"):
+            weight = name.removesuffix("_packed")
+            scales[weight], shape = part(weight, "scale").float(), part(weight, "shape")
+            out[weight] = _restore(name, out.pop(name), scales[weight], tuple(shape.tolist()))
+        elif name.endswith(".weight") and value.dtype == torch.int8:
+            scales[name] = scale = part(name, "scale").float().reshape(-1, 1)
+            if value.ndim != 2 or len(scale) != len(value):
+                raise FullarcError(f"{name} {tuple(value.shape)} does not fit {len(scale)} scales of rows.")
+            out[name] = dequantize(value, scale)
+    return out, scales
 
 
 def _restore(name: str, words: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -126,10 +172,17 @@ def _restore(name: str, words: Tensor, scale: Tensor, shape: tuple[int, ...]) ->
     )
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(plan: Plan, wide: bool = False) -> dict[str, Any]:
     """What config.json says about it, in the words of compressed-tensors."""
+    targets: dict[QuantScheme, list[str]] = {}
+    for kind, scheme in plan.items():
+        whole = KINDS[kind]
+        if kind == "attention" and scheme.tokens:
+            targets.setdefault(_of_module("model.layers.0.self_attn.kv_b_proj", scheme), []).append(_ABSORBED)
+            whole = whole.replace("kv_b_proj|", "")
+        targets.setdefault(scheme, []).append(whole)
     groups = []
-    for scheme in dict.fromkeys(plan.values()):
+    for scheme, patterns in targets.items():
         weights = {
             "num_bits": scheme.bits,
             "type": "int",
@@ -138,16 +191,43 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
             "group_size": scheme.group or None,
             "dynamic": False,
         }
-        targets = [f"re:{KINDS[kind]}" for kind in plan if plan[kind] == scheme]
         groups.append(
-            {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
-             "format": _FORMAT}
+            {"targets": [f"re:{pattern}" for pattern in patterns], "weights": weights,
+             "input_activations": dict(_TOKENS) if scheme.tokens else None, "output_activations": None,
+             "format": _form(scheme, wide)}
         )  # fmt: skip
+    forms = {group["format"] for group in groups}
     alone = (*_ALONE, *(pattern for kind, pattern in KINDS.items() if kind not in plan))
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMAT,
+        "format": forms.pop() if len(forms) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [f"re:{pattern}" for pattern in alone],
     }
+
+
+def rounds_inputs(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Which modules round their inputs to 8 bits a token, by what a `quantization_config` says; {}: none does.
+
+    Raises:
+        FullarcError: inputs are to be rounded in another way.
+    """
+    groups = list(dict(config.get("config_groups") or {}).values())
+    for group in groups:
+        said = group.get("input_activations")
+        if said and any(said.get(key) != value for key, value in _TOKENS.items()):
+            raise FullarcError(
+                f"config.json asks for inputs rounded as {said}.", "Only INT8, symmetric, by token is known."
+            )
+
+    def fits(target: str, module: str) -> bool:
+        if target.startswith("re:"):
+            return re.match(target.removeprefix("re:"), module) is not None
+        return target == "Linear" or module == target or module.endswith(f".{target}")
+
+    def asks(module: str) -> bool:
+        found = [group for group in groups if any(fits(target, module) for target in group["targets"])]
+        return bool(found and found[0].get("input_activations"))
+
+    return asks

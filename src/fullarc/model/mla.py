@@ -20,6 +20,7 @@ from fullarc.model.gather import gathered_attention
 from fullarc.model.indexer import FEW, Indexer, choose, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
 from fullarc.model.pieces import Scratch, each, spans
+from fullarc.model.quant import Linear
 
 GATHER_FROM = 8  # times the top-k that must be visible
 BLOCK = 128
@@ -189,13 +190,13 @@ class MLA(nn.Module):
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent = config.kv_lora_rank
         self.scale = config.qk_head_dim**-0.5
-        self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
+        self.q_a_proj = Linear(d, config.q_lora_rank)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(d, self.latent + self.rope, bias=False)
+        self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(d, self.latent + self.rope)
         self.kv_a_layernorm = RMSNorm(self.latent, config.latent_norm_eps)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, d, bias=False)
+        self.o_proj = Linear(self.heads * self.value, d)
         self.indexer = Indexer(config) if layer is None or config.has_indexer(layer) else None
         following = config.num_hidden_layers if layer is None else layer + 1
         self.lends = following < config.num_hidden_layers and not config.has_indexer(following)

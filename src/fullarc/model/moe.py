@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.ops import stable_topk
-from fullarc.model.quant import Linear, QuantScheme, fake_quantize
+from fullarc.model.quant import Linear, QuantScheme, fake_quantize, rounded
 
 WEIGHT_FLOOR = 1e-20
 ROW_BLOCK = 16
@@ -64,9 +64,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as three-dimensional weights; gate rows come first in `gate_up_proj`."""
+    """All routed experts as three-dimensional weights; gate rows come first in `gate_up_proj`.
+
+    `scales` of both, [E, O, 1], where a checkpoint's products are of integers (see `quant.Linear`).
+    """
 
     scheme: QuantScheme | None = None
+    scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,8 +85,10 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply expert e to its own run of rows of `x`, which is sorted by expert; `ends` are the runs' ends."""
         gate_up, down = self.used()
+        x_MD = rounded(x_MD, self.scales[0])
         gate_MF, up_MF = F.grouped_mm(x_MD, gate_up.mT, offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm((F.silu(gate_MF) * up_MF).contiguous(), down.mT, offs=ends_E)
+        inner_MF = rounded((F.silu(gate_MF) * up_MF).contiguous(), self.scales[1])
+        return F.grouped_mm(inner_MF, down.mT, offs=ends_E)
 
     def dense(self, x_MD: Tensor) -> Tensor:
         """Every expert on every row: [E, M, D]. Row-invariant; the engine's choice for small expert counts."""

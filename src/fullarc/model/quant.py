@@ -9,6 +9,9 @@ compressed-tensors. All 2^b values are in use, and the only value that is clampe
 as the worst rounding does: |w - w'| <= s / 2 everywhere. So the gradient passes straight through for all of them,
 dw'/dw = 1 (Bengio et al. 2013).
 
+A product may also round its inputs: the row of a token is then one group of 8 bits with a scale of its own, found as
+it comes (`PER_TOKEN`), so that the product itself is one of integers (`engine.integer`).
+
 Invariant: training uses w' exactly as export and loading make it, through the same integers, bit for bit.
 Shapes: weights [..., O, I] outputs and inputs; G groups of a row.
 """
@@ -23,14 +26,27 @@ from torch import Tensor, nn
 from fullarc.config.errors import FullarcError
 
 WORD = 32
+GRID = tuple(1 - step / 50 for step in range(26))
+"""Scales that a search tries, as parts of the one that clamps nothing."""
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How a weight is quantised: `bits` (4 or 8) and inputs per scale (`group`; 0 = one scale per row)."""
+    """How a weight is quantised: `bits` (4 or 8) and inputs per scale (`group`; 0 = one scale per row).
+
+    `tokens`: the product rounds its inputs too, to 8 bits with one scale a token; this needs group 0.
+    """
 
     bits: int = 4
     group: int = 32
+    tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens and self.group:
+            raise FullarcError(
+                f"A group of {self.group} does not go with 8-bit inputs: sums of integers need one scale a row.",
+                "Use group 0, or leave the inputs as they are.",
+            )
 
     def groups(self, inputs: int) -> int:
         """Scales per row. Raises FullarcError if the group does not divide the row."""
@@ -42,14 +58,36 @@ class QuantScheme:
         return inputs // (self.group or inputs)
 
 
-def quantize(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Integers [..., O, I] in int8 and scales [..., O, G] in fp32 of a weight [..., O, I]."""
+PER_TOKEN = QuantScheme(bits=8, group=0)
+"""What 8-bit inputs are: rows [..., I] with one scale each."""
+
+
+def quantize(weight: Tensor, scheme: QuantScheme, shrink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers [..., O, I] in int8 and scales [..., O, G] in fp32 of a weight [..., O, I].
+
+    `shrink` [..., O, G] multiplies the scales: what lies beyond the smaller range is clamped.
+    """
     w_OGg = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
     half = 2 ** (scheme.bits - 1)
     s_OG = w_OGg.abs().amax(-1) / (half - 0.5)
+    s_OG = s_OG if shrink is None else s_OG * shrink
     s_OG = torch.where(s_OG == 0, torch.finfo(torch.float32).eps, s_OG)
     q_OGg = (w_OGg / s_OG[..., None]).round().clamp(-half, half - 1)
     return q_OGg.flatten(-2).to(torch.int8), s_OG
+
+
+def quantize_best(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """`quantize` with, for each scale, the one of GRID that leaves the least squared error."""
+    best, shrink = None, None
+    for factor in GRID:
+        tried = torch.full((*weight.shape[:-1], scheme.groups(weight.shape[-1])), factor)
+        error = (dequantize(*quantize(weight, scheme, tried)) - weight.float()).square()
+        error_OG = error.unflatten(-1, (tried.shape[-1], -1)).sum(-1)
+        if best is None or shrink is None:
+            best, shrink = error_OG, tried
+        shrink = torch.where(error_OG < best, tried, shrink)
+        best = torch.minimum(best, error_OG)
+    return quantize(weight, scheme, shrink)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -75,9 +113,14 @@ def fake_quantize(weight: Tensor, scheme: QuantScheme | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A product without bias whose weight is stored as it is and used as `scheme` says."""
+    """A product without bias whose weight is stored as it is and used as `scheme` says.
+
+    `scale` [O, 1] is set where a checkpoint's product is one of integers: the weight is then scale times integers, and
+    inputs are rounded to 8 bits, token by token.
+    """
 
     scheme: QuantScheme | None = None
+    scale: Tensor | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -87,7 +130,12 @@ class Linear(nn.Linear):
         return fake_quantize(self.weight, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.used())
+        return F.linear(rounded(x, self.scale), self.used())
+
+
+def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """The inputs [..., I] of a product as it uses them: 8 bits a token where the product has a `scale`."""
+    return x if scale is None else fake_quantize(x, PER_TOKEN)
 
 
 # --- words ------------------------------------------------------------------------------------------
