@@ -239,16 +239,22 @@ def test_what_rounds_its_inputs_is_stored_and_loaded_so(
     }
 
     attention, moe = loaded.layers[1].self_attn, loaded.layers[1].mlp
-    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
-    steps = x.abs().amax(-1, keepdim=True) / 127.5
-    rounded = (x / steps).round().clamp(-128, 127) * steps
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        steps = x.abs().amax(-1, keepdim=True) / 127.5
+        return (x / steps).round().clamp(-128, 127) * steps
+
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     for linear in (attention.q_a_proj, moe.shared_experts.gate_proj):
-        assert torch.equal(linear(x), rounded @ linear.weight.T)
+        assert torch.equal(linear(x), rounded(x) @ linear.weight.T)
     assert isinstance(attention.kv_b_proj, torch.nn.Linear) and not hasattr(attention.kv_b_proj, "scale")
-    assert moe.experts.scales[0].shape == (4, 32, 1) and moe.experts.scales[1].shape == (4, 32, 1)
-    ends = torch.tensor([16, 16, 32, 48], dtype=torch.int32)
-    rows = x.repeat(10, 1)[:48]
-    assert torch.equal(moe.experts(rows, ends), moe.experts(rounded.repeat(10, 1)[:48], ends))
+    gate, up, down = (
+        torch.tensor(plain[f"model.layers.1.mlp.experts.2.{part}_proj.weight"])
+        for part in ("gate", "up", "down")
+    )
+    inner = torch.nn.functional.silu(rounded(x) @ gate.T) * (rounded(x) @ up.T)
+    only_2 = torch.tensor([0, 0, 16, 16], dtype=torch.int32)
+    assert torch.allclose(moe.experts(x, only_2), rounded(inner) @ down.T, atol=1e-8)
 
 
 @pytest.mark.parametrize("plan,wide", [(MIXED, False), (W8A8, False), (W4A8, False), (W4A8, True)])
