@@ -1,13 +1,17 @@
 """Tiny checkpoints whose selections are real: sequences are several times longer than index_topk."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from fullarc.chat import Tokenizer
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa, save_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # running.py
 
 TINY = dict(
     vocab_size=96, hidden_size=32, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=48,
@@ -69,3 +73,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def build() -> Callable[..., GlmMoeDsa]:
     """`build_model`, for tests that change what it returns."""
     return build_model
+
+
+WORDS = "the file holds a number so list it then print hello done 12 30 ls cat a.txt echo 我们的模型从文本学习语言 "
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
+    """A checkpoint with a tokenizer, whose model says anything."""
+    folder = tmp_path_factory.mktemp("talking")
+    tok = Tokenizer.train([WORDS * 4], 400)
+    tok.save(folder / "tok")
+    shape = TINY | dict(
+        max_position_embeddings=1024,
+        vocab_size=tok.vocab_size,
+        eos_token_id=tok.stop_ids,
+        pad_token_id=tok.stop_ids[0],
+    )
+    model = GlmMoeDsa(ModelConfig(**shape, initializer_range=0.25)).init_weights(3).eval()
+    save_model(model, folder / "talking", tokenizer_dir=folder / "tok")
+    return folder / "talking", tok

@@ -1,49 +1,20 @@
 """The HTTP face: SGLang's shapes, errors, streaming, cancellation, updates under load, and life with its parent."""
 
-import asyncio
 import concurrent.futures
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import httpx
 import pytest
-import uvicorn
+from running import Running, wait
 
 from fullarc.engine import Engine
-from fullarc.engine.server import Server
+from fullarc.engine.api.service import Service
 from fullarc.rollout.engine_client import EngineClient, EngineError, Sampling
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, folder, api_key=None):
-        self.engine = Engine(folder, max_batch=4, max_len=256)
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = Server(self.engine, str(folder), api_key).app
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listener]}, daemon=True)
-        self.thread.start()
-        wait(lambda: self.uvicorn.started)
-
-    def stop(self):
-        self.uvicorn.should_exit = True
-        self.thread.join(10)
-
-
-def wait(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -80,10 +51,8 @@ def test_one_sequence_in_sglangs_shape(http, checkpoints):
 
 
 def test_an_answer_wakes_the_event_loop_once_however_many_samples_it_has(http, monkeypatch):
-    wakes, original = [], asyncio.Queue.put_nowait
-    monkeypatch.setattr(
-        asyncio.Queue, "put_nowait", lambda self, item: (wakes.append(item), original(self, item))
-    )
+    wakes, original = [], Service._wake
+    monkeypatch.setattr(Service, "_wake", lambda self, noted: (wakes.append(noted), original(self, noted)))
     assert len(generate(http, sampling_params={"n": 7}).json()) == 7
     assert len(wakes) == 1
 
@@ -159,12 +128,13 @@ def test_streaming_is_cumulative_and_ends_with_done(http):
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": -5}}, "max_new_tokens"),
         ({"input_ids": [1], "sampling_params": {"n": 0}}, "n"),
         ({"input_ids": [1], "sampling_params": {"stop": ["x"]}}, "stop"),
-        ({"input_ids": [1], "sampling_params": {"frequency_penalty": 1.0}}, "frequency_penalty"),
+        ({"input_ids": [1], "sampling_params": {"frequency_penalty": 2.5}}, "frequency_penalty"),
         ({"input_ids": [1], "sampling_params": {"temprature": 1.0}}, "temprature"),
-        ({"input_ids": [1], "sampling_params": {"logit_bias": {"1": 2.0}}}, "logit_bias"),
+        ({"input_ids": [1], "sampling_params": {"logit_bias": {"1": 200.0}}}, "logit_bias"),
         ({"input_ids": [1], "sampling_params": {"logit_bias": {"96": -100}}}, "0..95"),
         ({"input_ids": [1], "top_logprobs_num": 1000}, "top_logprobs_num"),
-        ({"input_ids": [[1], [2]], "stream": True}, "stream"),
+        ({"input_ids": [1], "text": "one"}, "either"),
+        ({"text": "words"}, "tokenizer"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "sampling_params"),
         ({"input_ids": [1], "return_logprob": True, "logprob_start_len": 7}, "logprob_start_len"),
     ],

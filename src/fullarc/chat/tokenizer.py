@@ -140,6 +140,10 @@ class Tokenizer:
         """Ids of plain text; names of special tokens in it are text like any other."""
         return list(self._plain.encode(_encodable(text), add_special_tokens=False).ids)
 
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of text in which the names of special tokens mean the tokens, as in a rendered chat template."""
+        return list(self._full.encode(_encodable(text), add_special_tokens=False).ids)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, faster."""
         encodings = self._plain.encode_batch_fast([_encodable(t) for t in texts], add_special_tokens=False)

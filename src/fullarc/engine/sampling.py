@@ -22,6 +22,7 @@ from torch import Tensor
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
 MAX_TOP_LOGPROBS = 64
+MAX_LOGPROB_IDS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class SamplingParams:
         stop_ids: tokens that end the completion; the stop token is part of it and carries a log-prob.
         min_new_tokens: stop tokens before this many tokens do not end the completion.
         seed: of the request's own random stream.
+        frequency_penalty, presence_penalty, repetition_penalty, logit_bias: see `penalties`; neutral by default.
+        logprob_ids: tokens whose log-probs are told at each step, whether they are sampled or not.
     """
 
     max_new_tokens: int = 128
@@ -49,6 +52,11 @@ class SamplingParams:
     stop_ids: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprob_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         def need(condition: bool, message: str) -> None:
@@ -69,6 +77,22 @@ class SamplingParams:
         )
         need(self.min_new_tokens >= 0, f"min_new_tokens must be >= 0, got {self.min_new_tokens}")
         need(0 <= self.seed <= MAX_SEED, f"the seed must be in 0..2^64-1, got {self.seed}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            need(-2 <= value <= 2, f"{name} must be in -2..2, got {value}")
+        need(
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty must be in 0.01..100, got {self.repetition_penalty}",
+        )
+        need(all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be in -100..100")
+        need(len(self.logprob_ids) <= MAX_LOGPROB_IDS, f"at most {MAX_LOGPROB_IDS} tokens can be asked for")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the logits to choose from differ from the model's."""
+        return bool(
+            self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1 or self.logit_bias
+        )
 
     @property
     def truncates(self) -> bool:
@@ -95,14 +119,22 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def sample(
-    logits_NV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits_NV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    steered_NV: Tensor | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Next token and its log-prob for each row; see the module's docstring. Modifies nothing."""
+    """Next token and its log-prob for each row; see the module's docstring. Modifies nothing.
+
+    `steered_NV` are the logits to choose from, where penalties make them differ from those that log-probs tell of.
+    """
     logp_NV = kept_NV = _logprobs(logits_NV, params)
+    if steered_NV is not None and steered_NV is not logits_NV:
+        logits_NV, kept_NV = steered_NV, _logprobs(steered_NV, params)
     never = [(row, token) for row, p in enumerate(params) for token in sorted(p.forbidden)]
     if never:
         at = torch.tensor(never).unbind(1)
-        kept_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (logp_NV, logits_NV))
+        kept_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (kept_NV, logits_NV))
     if any(p.truncates for p in params):
         kept_NV = _truncate(kept_NV, params)
     cdf_NV = (
@@ -128,6 +160,16 @@ def top_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[li
     ]
 
 
+@torch.inference_mode()
+def chosen_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[tuple[float, int]]]:
+    """(log-prob, id) of the tokens that each request asked for by `logprob_ids`; see `sample`."""
+    logp_NV = _logprobs(logits_NV, params)
+    return [
+        list(zip(logp_V[list(p.logprob_ids)].tolist(), p.logprob_ids, strict=True))
+        for logp_V, p in zip(logp_NV, params, strict=True)
+    ]
+
+
 def _logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Log-probs [N, V] at each request's temperature (1 where it is 0)."""
     temperature_N = torch.tensor([p.temperature or 1.0 for p in params])
@@ -145,7 +187,7 @@ def _truncate(logp_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """`logp` with the tokens outside top-k, then top-p, then min-p at -inf; the best token always stays."""
     size = logp_NV.shape[-1]
     ordered_NV, order_NV = logp_NV.sort(dim=-1, descending=True, stable=True)
-    k_N = torch.tensor([p.top_k if p.top_k > 0 else size for p in params])
+    k_N = torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in params])
     keep_NV = torch.arange(size) < k_N[:, None]
     mass_NV = ordered_NV.masked_fill(~keep_NV, -torch.inf).exp().double()
     before_NV = mass_NV.cumsum(-1) - mass_NV

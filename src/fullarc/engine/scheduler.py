@@ -15,14 +15,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine.cache import BLOCK, PrefixCache
 from fullarc.engine.core import Chunk, Core
-from fullarc.engine.sampling import SamplingParams, sample, top_logprobs
+from fullarc.engine.penalties import penalised
+from fullarc.engine.sampling import SamplingParams, chosen_logprobs, sample, top_logprobs
+from fullarc.engine.stops import StopWatch
 from fullarc.engine.weights import EngineWeights
 
 SCORE_ROWS = 256
@@ -42,7 +44,10 @@ class Request:
 
     Attributes:
         score_from: first prompt position whose token gets an input log-prob; -1 = none.
-        top_logprobs: the likeliest tokens at each output token, where they are asked for.
+        stops: what looks for stop strings, if there are any.
+        top_logprobs, ids_logprobs: the likeliest tokens, and those asked for, at each output token.
+        input_top_logprobs, input_ids_logprobs: the same at each scored prompt token.
+        wants_hidden: whether the last hidden state of the prompt is kept, as `hidden` [hidden_size].
         versions: [version, start, end] spans over the output tokens.
         finish: "" while it runs; then "stop" | "length" | "abort".
     """
@@ -53,13 +58,19 @@ class Request:
     score_from: int = -1
     on_token: Callable[["Request"], None] | None = None
     on_finish: Callable[["Request"], None] | None = None
+    stops: StopWatch | None = None
+    wants_hidden: bool = False
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
+    ids_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
+    input_top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
+    input_ids_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
+    hidden: list[float] | None = None
     versions: list[tuple[str, int, int]] = field(default_factory=list)
     finish: str = ""
-    matched: int | None = None
+    matched: int | str | None = None
     cached_tokens: int = 0
     weight_version: str = ""
     arrived: float = 0.0
@@ -141,9 +152,15 @@ class Scheduler:
                 f"The prompt has {len(prompt)} tokens; the engine serves sequences of up to {self.max_len}.",
                 "Shorten it, or start the engine with a larger --max-len.",
             )
-        if any(not 0 <= token < vocab for token in request.params.forbidden):
+        named = (
+            *request.params.forbidden,
+            *request.params.logprob_ids,
+            *(t for t, _ in request.params.logit_bias),
+        )
+        if any(not 0 <= token < vocab for token in named):
             raise RequestError(
-                f"A forbidden token lies outside 0..{vocab - 1}.", "Is it the model's tokenizer?"
+                f"A token named in logit_bias or token_ids_logprob lies outside 0..{vocab - 1}.",
+                "Is it the model's tokenizer?",
             )
         if len(request.params.forbidden) >= vocab:
             raise RequestError("All tokens are forbidden.", "Leave at least one.")
@@ -175,18 +192,25 @@ class Scheduler:
             if rid is None or r.rid == rid or r.rid.startswith(f"{rid}_")
         ]
         for request in chosen:
-            if request.slot < 0:
-                self.waiting.remove(request)
-            self.counters.aborted += 1
-            self._end(request, "abort")
+            self.cancel(request)
         return len(chosen)
+
+    def cancel(self, request: Request) -> None:
+        """End one submitted request with what it has; nothing happens if it has ended."""
+        if request.finish:
+            return
+        if request.slot < 0:
+            self.waiting.remove(request)
+        self.counters.aborted += 1
+        self._end(request, "abort")
 
     def retract(self) -> None:
         """Send all running requests back to the queue's front; their latents are computed anew (after an update)."""
         for request in reversed(list(self.running.values())):
             self._release(request)
             request.computed = 0
-            request.input_logprobs.clear()
+            for told in (request.input_logprobs, request.input_top_logprobs, request.input_ids_logprobs):
+                told.clear()
             self.waiting.appendleft(request)
             self.counters.retracted += 1
 
@@ -224,6 +248,8 @@ class Scheduler:
                 self._publish(request)
             if request.computed == len(request.ids):
                 last.append((request, row - 1))
+                if request.wants_hidden and request.hidden is None:
+                    request.hidden = hidden[row - 1].tolist()
         for request in [r for r, _ in last if r.params.max_new_tokens == 0]:
             self._end(request, "length")
         if wanted := [(r, at) for r, at in last if not r.finish]:
@@ -279,7 +305,12 @@ class Scheduler:
         return requests, chunks
 
     def _sample(self, requests: list[Request], logits: torch.Tensor) -> None:
-        tokens, logprobs = sample(logits, [r.params for r in requests], [len(r.ids) for r in requests])
+        params = [r.params for r in requests]
+        steered = penalised(logits, params, [r.prompt for r in requests], [r.ids for r in requests])
+        tokens, logprobs = sample(logits, params, [len(r.ids) for r in requests], steered)
+        if any(p.logprob_ids for p in params):
+            for request, told in zip(requests, chosen_logprobs(logits, params), strict=True):
+                request.ids_logprobs += [told] if request.params.logprob_ids else []
         if any(r.params.top_logprobs for r in requests):
             for request, best in zip(
                 requests, top_logprobs(logits, [r.params for r in requests]), strict=True
@@ -297,8 +328,13 @@ class Scheduler:
                 request.versions.append((version, count - 1, count))
             request.weight_version = version
             request.first_token = request.first_token or now
-            if token in request.params.stop_ids and count > request.params.min_new_tokens:
+            armed = count > request.params.min_new_tokens
+            text = request.stops.feed(token, armed) if request.stops else None
+            if armed and token in request.params.stop_ids:
                 request.matched = token
+                self._end(request, "stop")
+            elif text is not None:
+                request.matched = text
                 self._end(request, "stop")
             elif count >= request.params.max_new_tokens or len(request.ids) >= self.max_len:
                 self._end(request, "length")
@@ -312,9 +348,14 @@ class Scheduler:
         for at in range(first, end, SCORE_ROWS):
             size = min(SCORE_ROWS, end - at)
             begin = row + at - request.computed
-            logp = self.core.logits(hidden, list(range(begin, begin + size))).log_softmax(-1)
+            logits = self.core.logits(hidden, list(range(begin, begin + size)))
             targets = torch.tensor(request.prompt[at + 1 : at + 1 + size])
-            request.input_logprobs += logp.gather(1, targets[:, None])[:, 0].tolist()
+            request.input_logprobs += logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
+            params = [replace(request.params, temperature=1.0)] * size
+            if request.params.top_logprobs:
+                request.input_top_logprobs += top_logprobs(logits, params)
+            if request.params.logprob_ids:
+                request.input_ids_logprobs += chosen_logprobs(logits, params)
 
     # --- ends -------------------------------------------------------------------------------------------------
 

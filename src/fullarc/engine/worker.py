@@ -19,10 +19,10 @@ IDLE_S = 1.0
 
 
 class Worker:
-    """Runs `scheduler` in a daemon thread until `stop`."""
+    """Runs `scheduler` in a daemon thread until `stop`; `after` is called behind every step and every call."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, after: Callable[[], None] = lambda: None) -> None:
+        self.scheduler, self.after = scheduler, after
         self.error: BaseException | None = None
         self.busy_s = 0.0
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -64,6 +64,7 @@ class Worker:
                 if call is None:
                     return
                 call()
+                self.after()
             begin = time.monotonic()
             try:
                 self.scheduler.step()
@@ -71,3 +72,4 @@ class Worker:
                 self.error = error
                 self.scheduler.abort(None)
             self.busy_s += time.monotonic() - begin
+            self.after()

@@ -1,0 +1,288 @@
+"""POST /v1/chat/completions: messages to ids through chat/, sampled, and back into reasoning, content and tool calls.
+
+Streamed, reasoning and content are sent as they grow and tool calls whole at the end. Invariant: the deltas of a choice
+add up to the message that the same request gets without streaming.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from fullarc.chat import Message, Tokenizer, render
+from fullarc.chat.openai import BadRequest, flag, message_json, read_messages, read_tools
+from fullarc.chat.turns import GrowingTurn, Turn, read_turn
+from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
+from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.openai import chat_logprobs, head, usage
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.scheduler import QueueFullError, Request
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ChatBody(OpenAISampling):
+    """POST /v1/chat/completions, with SGLang's and vLLM's extensions."""
+
+    model: str | None = None
+    messages: list[Any] | None = None
+    input_ids: Ids | None = Field(None, description="the prompt as ids, instead of rendering the messages")
+    tools: list[Any] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    max_completion_tokens: int | None = Field(None, strict=True, ge=0)
+    logprobs: bool | Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
+    return_prompt_token_ids: bool = False
+    return_tokens_as_token_ids: bool | None = None
+    return_meta_info: bool = False
+    # refused unless neutral
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    continue_final_message: Literal[False, None] = None
+    lora_path: None = None
+    audio: None = None
+
+
+class Conversation:
+    """One request for the next turn: its prompt, its samples, and how they are read. Both chat dialects use it."""
+
+    def __init__(
+        self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
+        clear_thinking: bool, sampling: OpenAISampling, max_tokens: int | None, top: int = 0,
+        ids: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.tok: Tokenizer = service.text
+        self.tools, self.thinking = tools, thinking
+        if ids is None:
+            ids = render(
+                self.tok,
+                messages,
+                tools,
+                add_generation_prompt=True,
+                thinking=thinking,
+                clear_thinking=clear_thinking,
+            ).ids
+        self.wire = sampling.native(max_tokens)
+        self.name = service.next_id("chatcmpl")
+        if self.wire.n > service.scheduler.max_queue:
+            raise QueueFullError(f"{self.wire.n} samples do not fit the queue.")
+        names = [f"{self.name}-{index}" for index in range(self.wire.n)]
+        self.requests = build(service, ids, self.wire, names, top=top)
+
+    def read(self, index: int) -> Turn:
+        """What a finished sample says."""
+        request = self.requests[index]
+        call_prefix = f"call_{self.name.rsplit('-', 1)[-1]}_{index}"
+        turn = read_turn(self.tok, request.output, self.thinking, self.tools, call_prefix)
+        finish = turn.finish
+        if request.finish == "stop" and finish == "length":  # a stop of the client's own
+            finish = "tool_calls" if turn.message.tool_calls else "stop"
+        elif request.finish == "abort":
+            finish = "abort"
+        message = turn.message
+        if isinstance(request.matched, str) and not self.wire.no_stop_trim:
+            part = "content" if request.matched in message.content else "reasoning"
+            text = getattr(message, part)
+            if request.matched in text:
+                setattr(message, part, text[: text.rindex(request.matched)].rstrip())
+        return Turn(message, finish, turn.format_errors)
+
+
+class Growing:
+    """One sample while it is streamed: new text is what is certain by now."""
+
+    def __init__(self, conversation: Conversation, index: int) -> None:
+        self.request = conversation.requests[index]
+        self.turn = GrowingTurn(conversation.tok, conversation.thinking)
+        self._bytes_of = conversation.tok.token_bytes
+        self._fed = self._length = 0
+        self.tokens = 0
+
+    def news(self) -> tuple[str, str]:
+        """What reasoning and content have gained."""
+        request, stops = self.request, self.request.stops
+        self.tokens = min(len(request.logprobs), len(stops.certain)) if stops else len(request.logprobs)
+        start, new = len(request.prompt), []
+        for token in request.ids[start + self._fed : start + self.tokens]:
+            length = self._length + len(self._bytes_of(token))
+            if stops and length > stops.certain[self.tokens - 1]:
+                break
+            self._length = length
+            new.append(token)
+        self._fed += len(new)
+        return self.turn.feed(new)
+
+
+class Chat:
+    """The handler."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        """The route."""
+        return [Endpoint("/v1/chat/completions", self.chat, body=ChatBody)]
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """The next turn of a conversation."""
+        body = await read_body(http, ChatBody)
+        kwargs = body.chat_template_kwargs or {}
+        messages = [] if body.input_ids is not None and not body.messages else read_messages(body.messages)
+        tools = None if body.tool_choice == "none" else read_tools(body.tools)
+        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if body.top_logprobs and not body.logprobs:
+            raise BadRequest("'top_logprobs' needs 'logprobs'.", "top_logprobs")
+        thinking = flag(kwargs, "enable_thinking", body.reasoning_effort != "none")
+        conversation = Conversation(
+            self.service, messages, tools, thinking, flag(kwargs, "clear_thinking", False),
+            body.model_copy(update={"max_tokens": limit}), None, body.top_logprobs or 0, body.input_ids,
+        )  # fmt: skip
+        if body.stream:
+            watch = await self.service.submit(conversation.requests, each_token=True)
+            return EventStream(watch, self._events(body, conversation, watch))
+        await self.service.answer(http, conversation.requests)
+        return answer(self._whole(body, conversation))
+
+    def _whole(self, body: ChatBody, conversation: Conversation) -> dict[str, Any]:
+        requests = conversation.requests
+        choices = []
+        for index, request in enumerate(requests):
+            turn = conversation.read(index)
+            message = turn.message
+            if not body.separate_reasoning and message.reasoning:
+                message = Message("assistant", _joined(message), "", message.tool_calls)
+            choice = {"index": index, "message": message_json(message), "finish_reason": turn.finish}
+            choices.append(choice | self._told(body, request, turn, 0, len(request.logprobs)))
+        reply = head(self.service, conversation.name, "chat.completion", requests)
+        if body.return_token_ids or body.return_prompt_token_ids:
+            reply["prompt_token_ids"] = requests[0].prompt
+        return reply | {"choices": choices, "usage": usage(requests, 1)}
+
+    def _told(
+        self, body: ChatBody, request: Request, turn: Turn | None, first: int, last: int
+    ) -> dict[str, Any]:
+        """A choice's extras about the output tokens [first, last), and about its end if `turn` is given."""
+        told: dict[str, Any] = {"logprobs": None}
+        if body.logprobs:
+            told["logprobs"] = chat_logprobs(
+                self.service, request, first, last, bool(body.return_tokens_as_token_ids)
+            )
+        if body.return_token_ids:
+            start = len(request.prompt)
+            told["token_ids"] = request.ids[start + first : start + last]
+        if turn:
+            told |= {
+                "matched_stop": request.matched,
+                "stop_reason": _own_stop(request),
+                "format_errors": turn.format_errors,
+            }
+            if body.return_meta_info:
+                told["meta_info"] = {
+                    "id": request.rid,
+                    "weight_version": request.weight_version,
+                    "weight_versions": [list(span) for span in request.versions],
+                    "cached_tokens": request.cached_tokens,
+                    "completion_tokens": len(request.logprobs),
+                    "prompt_tokens": len(request.prompt),
+                }
+        return told
+
+    async def _events(self, body: ChatBody, conversation: Conversation, watch: Watch) -> AsyncIterator[bytes]:
+        requests = conversation.requests
+        streams = [_Choice(body, conversation, index) for index in range(len(requests))]
+        first = head(self.service, conversation.name, "chat.completion.chunk", requests)
+        opening = {"choices": [_chunk(s.index, {"role": "assistant", "content": ""}) for s in streams]}
+        if body.return_token_ids or body.return_prompt_token_ids:
+            opening["prompt_token_ids"] = requests[0].prompt  # type: ignore[assignment]
+        yield event(first | opening)
+        open_ones = list(streams)
+        while open_ones:
+            await watch.changed()
+            for stream in list(open_ones):
+                request = stream.growing.request
+                done = bool(request.finish)
+                turn = conversation.read(stream.index) if done else None
+                if delta := stream.delta(turn):
+                    told = self._told(body, request, None, *stream.untold())
+                    yield event(first | {"choices": [_chunk(stream.index, delta) | told]})
+                if turn:
+                    open_ones.remove(stream)
+                    last = self._told(body, request, turn, *stream.untold()) | {"finish_reason": turn.finish}
+                    first["metadata"] = {"weight_version": request.weight_version}
+                    yield event(first | {"choices": [_chunk(stream.index, {}) | last]})
+        if body.stream_options and body.stream_options.include_usage:
+            yield event(first | {"choices": [], "usage": usage(requests, 1)})
+        yield DONE
+
+
+class _Choice:
+    """Which deltas of one choice were sent."""
+
+    def __init__(self, body: ChatBody, conversation: Conversation, index: int) -> None:
+        self.body, self.index = body, index
+        self.growing = Growing(conversation, index)
+        self._sent = {"reasoning": "", "content": ""}
+        self._told = 0
+
+    def untold(self) -> tuple[int, int]:
+        """The tokens that no chunk has told of; from now on they are told."""
+        first, self._told = self._told, self.growing.tokens
+        return first, self._told
+
+    def delta(self, turn: Turn | None) -> dict[str, Any]:
+        """What is to be sent now; with `turn`, all that is left of it."""
+        self.growing.news()
+        reasoning, content = self.growing.turn.reasoning, self.growing.turn.content
+        calls: list[dict[str, Any]] = []
+        if turn:
+            reasoning, content = turn.message.reasoning, turn.message.content
+            calls = turn.message.to_openai().get("tool_calls", [])
+        elif not self.body.stream_reasoning and not content:
+            reasoning = ""
+        delta: dict[str, Any] = {}
+        if self.body.separate_reasoning:
+            delta |= self._rest("reasoning", reasoning, "reasoning_content")
+            delta |= self._rest("content", content, "content")
+        elif reasoning:
+            closed = content or turn
+            joined = f"<think>{reasoning}</think>{content}" if closed else f"<think>{reasoning}"
+            delta |= self._rest("content", joined, "content")
+        else:
+            delta |= self._rest("content", content, "content")
+        if calls:
+            delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+        return delta
+
+    def _rest(self, part: str, text: str, name: str) -> dict[str, str]:
+        sent = self._sent[part]
+        if len(text) <= len(sent):
+            return {}
+        self._sent[part] = text
+        return {name: text[len(sent) :]}
+
+
+def _joined(message: Message) -> str:
+    return f"<think>{message.reasoning}</think>{message.content}"
+
+
+def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": None}
+
+
+def _own_stop(request: Request) -> int | str | None:
+    """vLLM's stop_reason: the string or id that the client named; None for the model's own end."""
+    return request.matched if isinstance(request.matched, str) else None

@@ -1,0 +1,171 @@
+"""POST /v1/completions: plain continuation of texts or token ids, OpenAI's older form, with vLLM's extensions.
+
+`echo` with `logprobs` and `max_tokens: 0` scores the prompt, as evaluation harnesses do.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from fullarc.engine.api.chat import StreamOptions
+from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
+from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.openai import ended, head, token_name, usage
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.text import GrowingText
+from fullarc.engine.sampling import MAX_TOP_LOGPROBS
+from fullarc.engine.scheduler import QueueFullError, Request, RequestError
+
+
+class CompletionBody(OpenAISampling):
+    """POST /v1/completions."""
+
+    model: str | None = None
+    prompt: str | list[str] | Ids | list[Ids]
+    max_tokens: int | None = Field(16, strict=True, ge=0)
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+    best_of: int | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    lora_path: None = None
+
+
+class Completions:
+    """The handler."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        """The route."""
+        return [Endpoint("/v1/completions", self.complete, body=CompletionBody)]
+
+    async def complete(self, http: HttpRequest) -> Response:
+        """Continue one or many prompts."""
+        body = await read_body(http, CompletionBody)
+        wire = body.native(16)
+        if body.best_of not in (None, wire.n):
+            raise RequestError("best_of: only the value of n is supported.")
+        prompts = self._prompts(body.prompt)
+        if len(prompts) * wire.n > self.service.scheduler.max_queue:
+            raise QueueFullError(f"{len(prompts) * wire.n} sequences do not fit the queue.")
+        name = self.service.next_id("cmpl")
+        score_from = 0 if body.echo and body.logprobs is not None else -1
+        requests = [
+            request
+            for number, prompt in enumerate(prompts)
+            for request in build(
+                self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)],
+                top=body.logprobs or 0, score_from=score_from,
+            )
+        ]  # fmt: skip
+        if body.stream:
+            watch = await self.service.submit(requests, each_token=True)
+            return EventStream(watch, self._events(body, wire, name, requests, watch, len(prompts)))
+        await self.service.answer(http, requests)
+        tellers = [_Teller(self.service, body, wire, request) for request in requests]
+        choices = [teller.choice(index) for index, teller in enumerate(tellers)]
+        reply = head(self.service, name, "text_completion", requests)
+        return answer(reply | {"choices": choices, "usage": usage(requests, len(prompts))})
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        if isinstance(prompt, str):
+            return [self.service.text.encode_raw(prompt)]
+        if not prompt:
+            raise RequestError("prompt is empty.", "Send at least one token.")
+        if isinstance(prompt[0], str):
+            return [self.service.text.encode_raw(text) for text in prompt]
+        return prompt if isinstance(prompt[0], list) else [prompt]
+
+    async def _events(
+        self,
+        body: CompletionBody,
+        wire: SamplingBody,
+        name: str,
+        requests: list[Request],
+        watch: Watch,
+        prompts: int,
+    ) -> AsyncIterator[bytes]:
+        tellers = {
+            index: _Teller(self.service, body, wire, request) for index, request in enumerate(requests)
+        }
+        while tellers:
+            await watch.changed()
+            for index, teller in list(tellers.items()):
+                if not teller.news():
+                    continue
+                choice = teller.choice(index)
+                yield event(head(self.service, name, "text_completion", requests) | {"choices": [choice]})
+                if choice["finish_reason"]:
+                    del tellers[index]
+        if body.stream_options and body.stream_options.include_usage:
+            last = head(self.service, name, "text_completion", requests)
+            yield event(last | {"choices": [], "usage": usage(requests, prompts)})
+        yield DONE
+
+
+class _Teller:
+    """Writes one sequence's choices: all of it, or what is new since the last one."""
+
+    def __init__(self, service: Service, body: CompletionBody, wire: SamplingBody, request: Request) -> None:
+        self.service, self.body, self.request = service, body, request
+        self.text = GrowingText(service.tok, request, wire) if service.tok else None
+        self._told, self._first = 0, True
+
+    def news(self) -> bool:
+        """Whether there is something to tell."""
+        return bool(self.request.finish) or len(self.request.logprobs) > self._told
+
+    def choice(self, index: int) -> dict[str, Any]:
+        """OpenAI's choice."""
+        request, body, first = self.request, self.body, self._first
+        done = bool(request.finish)  # read first: when it is set, all tokens are there
+        begin, end, self._first = self._told, len(request.logprobs), False
+        self._told = end
+        start, text = len(request.prompt), self.text.read() if self.text else ""
+        echo = bool(body.echo) and first
+        if echo and self.service.tok:
+            text = self.service.tok.decode(request.prompt) + text
+        choice: dict[str, Any] = {
+            "index": index, "text": text, "logprobs": None, "finish_reason": ended(request) if done else None,
+            "stop_reason": request.matched if done and isinstance(request.matched, str) else None,
+        }  # fmt: skip
+        if body.logprobs is not None:
+            choice["logprobs"] = self._logprobs(begin, end, echo)
+        if body.return_token_ids:
+            choice["token_ids"] = request.ids[start + begin : start + end]
+            if first:
+                choice["prompt_token_ids"] = request.prompt
+        return choice
+
+    def _logprobs(self, begin: int, end: int, echo: bool) -> dict[str, Any]:
+        request, as_id = self.request, bool(self.body.return_tokens_as_token_ids)
+        start = len(request.prompt)
+        tokens, values = (
+            request.ids[start + begin : start + end],
+            list[float | None](request.logprobs[begin:end]),
+        )
+        best: list[Any] = (
+            request.top_logprobs[begin:end] if request.params.top_logprobs else [[]] * len(tokens)
+        )
+        if echo:
+            tokens, values = request.prompt + tokens, [None, *request.input_logprobs, *values]
+            best = [None, *(request.input_top_logprobs or [[]] * len(request.input_logprobs)), *best]
+        names = [token_name(self.service, token, as_id) for token in tokens]
+        offsets, at = [], 0
+        for name in names:
+            offsets.append(at)
+            at += len(name)
+        tops = [
+            None if row is None else {token_name(self.service, token, as_id): value for value, token in row}
+            for row in best
+        ]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -1,0 +1,188 @@
+"""SGLang's routes that steer and describe the engine: pause, continue, abort, flush, health, information, loads."""
+
+import time
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.metrics import prometheus
+from fullarc.engine.api.service import Service
+from fullarc.engine.sampling import SamplingParams
+from fullarc.engine.scheduler import Request, RequestError, Scheduler
+
+
+class PauseBody(BaseModel):
+    """POST /pause_generation."""
+
+    model_config = ConfigDict(extra="ignore")
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class AbortBody(BaseModel):
+    """POST /abort_request."""
+
+    model_config = ConfigDict(extra="ignore")
+    rid: str | None = None
+    abort_all: bool = False
+
+
+def pause(scheduler: Scheduler, mode: str) -> None:
+    """Stop stepping; running requests end (abort), wait to be computed anew (retract), or stay (in_place)."""
+    scheduler.paused = True
+    if mode == "abort":
+        scheduler.abort(None)
+    elif mode == "retract":
+        scheduler.retract()
+
+
+class Control:
+    """The handlers. `endpoints` lists them."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes."""
+        get, both = ("GET",), ("GET", "POST")
+        return [
+            Endpoint("/pause_generation", self.pause, body=PauseBody),
+            Endpoint("/continue_generation", self.resume),
+            Endpoint("/abort_request", self.abort, body=AbortBody),
+            Endpoint("/flush_cache", self.flush, both),
+            Endpoint("/health", self.health, get),
+            Endpoint("/ready", self.ready, get),
+            Endpoint("/ping", self.health, both),
+            Endpoint("/health_generate", self.health_generate, get),
+            Endpoint("/model_info", self.model_info, get),
+            Endpoint("/get_model_info", self.model_info, get),
+            Endpoint("/server_info", self.server_info, get),
+            Endpoint("/get_server_info", self.server_info, get),
+            Endpoint("/get_weight_version", self.weight_version, get),
+            Endpoint("/weight_version", self.weight_version, get),
+            Endpoint("/v1/loads", self.loads, get),
+            Endpoint("/get_load", self.get_load, get),
+            Endpoint("/metrics", self.metrics, get),
+        ]
+
+    async def pause(self, http: HttpRequest) -> Response:
+        """Stop generating."""
+        body = await read_body(http, PauseBody)
+        await self.service.on_engine(lambda s: pause(s, body.mode))
+        return answer({"status": "ok", "message": "Generation paused."})
+
+    async def resume(self, _http: HttpRequest) -> Response:
+        """Go on generating."""
+        await self.service.on_engine(lambda s: setattr(s, "paused", False))
+        return answer({"status": "ok", "message": "Generation continues."})
+
+    async def abort(self, http: HttpRequest) -> Response:
+        """End one request and its samples, or all, with what they have."""
+        body = await read_body(http, AbortBody)
+        if not (body.rid or body.abort_all):
+            raise RequestError("abort_request needs rid or abort_all.")
+        count = await self.service.on_engine(lambda s: s.abort(None if body.abort_all else body.rid))
+        return answer({"aborted": count})
+
+    async def flush(self, _http: HttpRequest) -> Response:
+        """Forget all cached prefixes, if nothing is pending."""
+
+        def act(scheduler: Scheduler) -> int:
+            pending = len(scheduler.running) + len(scheduler.waiting)
+            if not pending:
+                scheduler.prefix.clear()
+            return pending
+
+        if pending := await self.service.on_engine(act):
+            return PlainTextResponse(f"{pending} requests are pending; the cache was not flushed.", 400)
+        return PlainTextResponse("Cache flushed.")
+
+    async def health(self, _http: HttpRequest) -> Response:
+        """Whether the engine's thread lives."""
+        if self.service.worker.healthy:
+            return PlainTextResponse("ok")
+        return PlainTextResponse(f"The engine failed: {self.service.worker.error!r}", 503)
+
+    async def ready(self, _http: HttpRequest) -> Response:
+        """Whether a request would be served now."""
+        if self.service.worker.healthy and not self.service.scheduler.paused:
+            return PlainTextResponse("ok")
+        return PlainTextResponse("The engine does not generate.", 503)
+
+    async def health_generate(self, http: HttpRequest) -> Response:
+        """Really generate one token."""
+        if not self.service.worker.healthy or self.service.scheduler.paused:
+            return PlainTextResponse("The engine does not generate.", 503)
+        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        request = Request(self.service.next_id("health"), [0], params)
+        await self.service.answer(http, [request])
+        return PlainTextResponse("ok" if request.finish == "length" else "aborted")
+
+    async def model_info(self, _http: HttpRequest) -> Response:
+        """The model, its version and its bounds."""
+        s, service = self.service.scheduler, self.service
+        return answer({
+            "model_path": service.model_path,
+            "tokenizer_path": service.model_path if service.tok else None,
+            "served_model_name": service.name,
+            "weight_version": s.version,
+            "is_generation": True,
+            "model_type": "glm_moe_dsa",
+            "vocab_size": s.core.weights.config.vocab_size,
+            "max_model_len": s.max_len,
+            "eos_token_id": list(s.core.weights.config.eos_token_id),
+        })  # fmt: skip
+
+    async def server_info(self, _http: HttpRequest) -> Response:
+        """How the engine is set up, and the model's configuration."""
+        s, service = self.service.scheduler, self.service
+        return answer({
+            "model_path": service.model_path,
+            "served_model_name": service.name,
+            "weight_version": s.version,
+            "max_running_requests": s.core.cache.slots,
+            "max_queued_requests": s.max_queue,
+            "max_total_num_tokens": s.core.cache.slots * s.max_len,
+            "context_length": s.max_len,
+            "chunked_prefill_size": s.chunk_tokens,
+            "enable_deterministic_inference": True,
+            "model_config": s.core.weights.config.to_hf(),
+            "uptime_s": time.time() - service.started,
+        })  # fmt: skip
+
+    async def weight_version(self, _http: HttpRequest) -> Response:
+        """The version that samples the next token."""
+        return answer({"weight_version": self.service.scheduler.version})
+
+    async def loads(self, _http: HttpRequest) -> Response:
+        """How much runs and waits."""
+        load = self._load() | {"dp_rank": 0}
+        totals = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_total_tokens")}
+        return answer({"loads": [load], "aggregate": totals, **totals})
+
+    async def get_load(self, _http: HttpRequest) -> Response:
+        """The older form of /v1/loads."""
+        load = self._load()
+        running, waiting = load["num_running_reqs"], load["num_waiting_reqs"]
+        told = {
+            "num_reqs": running + waiting,
+            "num_waiting_reqs": waiting,
+            "num_tokens": load["num_total_tokens"],
+        }
+        return answer([{"dp_rank": 0} | told])
+
+    def _load(self) -> dict[str, int]:
+        s = self.service.scheduler
+        used = sum(request.computed for request in list(s.running.values()))
+        return {
+            "num_running_reqs": len(s.running),
+            "num_waiting_reqs": len(s.waiting),
+            "num_total_tokens": used,
+        }
+
+    async def metrics(self, _http: HttpRequest) -> Response:
+        """Prometheus' text format."""
+        text = prometheus(self.service.scheduler, self.service.latencies, self.service.worker.busy_s)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")

@@ -1,0 +1,169 @@
+"""Sampling parameters in everybody's names, and their way to the engine's requests.
+
+SGLang's names are the ones we keep (`SamplingBody`); OpenAI's and vLLM's are translated (`OpenAISampling`). What would
+change the sampled tokens and is not implemented is refused, never ignored; what only asks for more information, or is
+about images, grammars or adapters in its neutral value, is accepted and without effect.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fullarc.engine.api.service import Service
+from fullarc.engine.sampling import MAX_LOGPROB_IDS, MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
+from fullarc.engine.scheduler import Request, RequestError
+from fullarc.engine.stops import MAX_STRINGS, StopStrings, StopWatch
+
+MAX_SAMPLES = 1024
+Ids = list[Annotated[int, Field(strict=True)]]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)]
+Stop = str | Annotated[list[str], Field(max_length=MAX_STRINGS)] | None
+AskedIds = Annotated[Ids, Field(max_length=MAX_LOGPROB_IDS)]
+
+
+class SamplingBody(BaseModel):
+    """`sampling_params` of POST /generate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_new_tokens: int | None = Field(128, strict=True, ge=0)
+    min_new_tokens: int = Field(0, strict=True, ge=0)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    stop: Stop = None
+    stop_token_ids: Annotated[Ids, Field(max_length=MAX_STRINGS)] | None = None
+    ignore_eos: bool = False
+    sampling_seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    logit_bias: dict[int, float] | None = Field(None, max_length=MAX_LOGPROB_IDS)
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    # what is told, not what is sampled
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    # not implemented: only their neutral values are accepted
+    json_schema: None = None
+    regex: None = None
+    ebnf: None = None
+    structural_tag: None = None
+    custom_params: None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """The stop strings, none of them empty."""
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
+
+
+class OpenAISampling(BaseModel):
+    """The sampling fields of OpenAI's routes, with vLLM's and SGLang's extensions."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    max_tokens: int | None = Field(None, strict=True, ge=0)
+    min_tokens: int = Field(0, strict=True, ge=0)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = Field(None, strict=True, ge=1, le=MAX_SAMPLES)
+    seed: int | None = Field(None, strict=True)
+    stop: Stop = None
+    stop_token_ids: Annotated[Ids, Field(max_length=MAX_STRINGS)] | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = Field(None, max_length=MAX_LOGPROB_IDS)
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    # refused unless neutral
+    response_format: dict[str, Any] | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    structured_outputs: None = None
+    json_schema: None = None
+    regex: None = None
+    ebnf: None = None
+    bad_words: Annotated[list[str], Field(max_length=0)] | None = None
+    allowed_token_ids: None = None
+    use_beam_search: Literal[False, None] = None
+
+    def native(self, default_max: int | None) -> SamplingBody:
+        """The same in SGLang's names. Raises RequestError for a response format other than text."""
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise RequestError("response_format: only text is supported.", "Ask for JSON in the prompt.")
+        named = {
+            "max_new_tokens": default_max if self.max_tokens is None else self.max_tokens,
+            "min_new_tokens": self.min_tokens,
+            "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
+            "min_p": self.min_p, "n": self.n, "stop": self.stop, "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos, "sampling_seed": None if self.seed is None else self.seed & MAX_SEED,
+            "logit_bias": self.logit_bias, "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty, "repetition_penalty": self.repetition_penalty,
+            "skip_special_tokens": self.skip_special_tokens, "no_stop_trim": self.include_stop_str_in_output,
+        }  # fmt: skip
+        neutral = ("temperature", "top_p", "top_k", "min_p", "n", "frequency_penalty", "presence_penalty",
+                   "repetition_penalty")  # fmt: skip
+        return SamplingBody.model_construct(
+            **{name: value for name, value in named.items() if value is not None or name not in neutral}
+        )
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a body in one sentence."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200] or "body"
+    return f"{where}: {first['msg']}."
+
+
+def build(
+    service: Service,
+    prompt: Sequence[int],
+    wire: SamplingBody,
+    rids: Sequence[str],
+    *,
+    score_from: int = -1,
+    top: int = 0,
+    logprob_ids: Sequence[int] = (),
+    wants_hidden: bool = False,
+) -> list[Request]:
+    """The `wire.n` samples of one prompt as requests named `rids`. Raises RequestError for impossible values."""
+    scheduler, stops, strings = service.scheduler, set(wire.stop_token_ids or ()), None
+    if not wire.ignore_eos:
+        stops |= set(scheduler.core.weights.config.eos_token_id)
+    room = wire.max_new_tokens
+    if room is None:
+        room = max(scheduler.max_len - len(prompt), 1)
+    bias = wire.logit_bias or {}
+    try:
+        if wire.stop_strings:
+            if service.tok is None:
+                raise ValueError("stop needs text, and this model's folder has no tokenizer.json")
+            token_bytes = service.tok.token_bytes
+            strings = StopStrings(wire.stop_strings)
+        requests = []
+        for index, rid in enumerate(rids):
+            # samples of one prompt under one seed get neighbouring streams
+            seed = service.seeds() if wire.sampling_seed is None else (wire.sampling_seed + index) & MAX_SEED
+            params = SamplingParams(
+                max_new_tokens=room, temperature=wire.temperature, top_p=wire.top_p, top_k=wire.top_k, min_p=wire.min_p,
+                forbidden=frozenset(token for token, value in bias.items() if value <= -100), top_logprobs=top,
+                stop_ids=frozenset(stops), min_new_tokens=wire.min_new_tokens, seed=seed,
+                frequency_penalty=wire.frequency_penalty, presence_penalty=wire.presence_penalty,
+                repetition_penalty=wire.repetition_penalty, logprob_ids=tuple(logprob_ids),
+                logit_bias=tuple((token, value) for token, value in bias.items() if not value <= -100),
+            )  # fmt: skip
+            request = Request(rid, list(prompt), params, score_from, wants_hidden=wants_hidden)
+            if strings:
+                request.stops = StopWatch(strings, token_bytes)
+            requests.append(request)
+    except ValueError as error:
+        raise RequestError(f"sampling_params: {error}.") from None
+    return requests

@@ -1,0 +1,147 @@
+"""The border of the HTTP server: routes, bodies in, errors out, keys checked.
+
+Invariant: whatever a client sends ends in a 4xx with one sentence in OpenAI's error object (Anthropic's on its routes),
+never in a traceback.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fullarc.chat.openai import BadRequest, dump, error_body
+from fullarc.config.errors import FullarcError
+from fullarc.engine.api.fields import explain
+from fullarc.engine.scheduler import QueueFullError
+
+T = TypeVar("T", bound=BaseModel)
+MAX_BODY = 64 * 2**20
+OPEN_PATHS = ("/health", "/ping", "/liveness", "/ready")
+_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One route. `body`: the schema of its JSON body, for /openapi.json."""
+
+    path: str
+    handler: Callable[[HttpRequest], Awaitable[Response]]
+    methods: tuple[str, ...] = ("POST",)
+    body: type[BaseModel] | None = None
+
+    def route(self) -> Route:
+        """The Starlette route, with errors answered."""
+        return Route(self.path, _answering(self.handler), methods=list(self.methods))
+
+
+class TooLarge(FullarcError):
+    """The body is larger than the server takes (HTTP 413)."""
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    """JSON that survives any text."""
+    return Response(dump(value), status, media_type="application/json")
+
+
+async def read_body(http: HttpRequest, schema: type[T], limit: int = MAX_BODY) -> T:
+    """The validated JSON body; an empty one counts as {}."""
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"The body is larger than {limit} bytes.", "Send less at a time.")
+        parts.append(part)
+    try:
+        return schema.model_validate_json(b"".join(parts) or b"{}")
+    except ValidationError as error:
+        raise BadRequest(explain(error), _param(error)) from None
+
+
+def _param(error: ValidationError) -> str | None:
+    where = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
+    return str(where[0])[:200] if where else None
+
+
+def _answering(
+    endpoint: Callable[[HttpRequest], Awaitable[Response]],
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """Turn the errors that a client can act on into statuses."""
+
+    async def answered(http: HttpRequest) -> Response:
+        try:
+            return await endpoint(http)
+        except BadRequest as error:
+            return error_answer(http.url.path, error.status, str(error), error.body["error"]["param"])
+        except QueueFullError as error:
+            return error_answer(http.url.path, 429, str(error))
+        except TooLarge as error:
+            return error_answer(http.url.path, 413, str(error))
+        except FullarcError as error:
+            return error_answer(http.url.path, 400, str(error))
+
+    return answered
+
+
+def error_answer(path: str, status: int, message: str, param: str | None = None) -> Response:
+    """An error in the form that the clients of `path` read."""
+    kind = _KINDS.get(status, "invalid_request_error")
+    if path.startswith("/v1/messages"):
+        return answer({"type": "error", "error": {"type": kind, "message": message}}, status)
+    return answer(error_body(message, param, str(status), kind), status)
+
+
+async def http_error(http: HttpRequest, error: Exception) -> Response:
+    """404 and 405 in the same form as all other errors."""
+    assert isinstance(error, HTTPException)
+    reply = error_answer(http.url.path, error.status_code, f"{http.method} {http.url.path}: {error.detail}.")
+    reply.headers.update(error.headers or {})
+    return reply
+
+
+class KeyCheck:
+    """Lets only requests with `Authorization: Bearer KEY` or `x-api-key: KEY` pass, and questions about health."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.expected = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            headers = dict(scope["headers"])
+            given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not secrets.compare_digest(given, self.expected):
+                refusal = error_answer(scope["path"], 401, "A valid API key is needed.")
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
+    """OpenAPI 3.1 of the routes: paths and the schemas of their bodies."""
+    paths: dict[str, dict[str, Any]] = {}
+    schemas: dict[str, Any] = {}
+    for endpoint in endpoints:
+        for method in endpoint.methods:
+            summary = (endpoint.handler.__doc__ or "").strip().split("\n")[0]
+            entry: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "the answer"}}}
+            if endpoint.body and method != "GET":
+                schema = endpoint.body.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= schema.pop("$defs", {})
+                schemas[endpoint.body.__name__] = schema
+                ref = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
+                entry["requestBody"] = {"content": {"application/json": {"schema": ref}}}
+                entry["responses"]["400"] = {"description": "what is wrong, in one sentence"}
+            paths.setdefault(endpoint.path, {})[method.lower()] = entry
+    info = {"title": "fullarc engine", "version": version}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}

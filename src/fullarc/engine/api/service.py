@@ -1,0 +1,218 @@
+"""Requests in, answers and streams out: the bridge between the event loop and the engine's thread.
+
+The engine notes which answers have grown; behind each step one call wakes the event loop for all of them. A stream that
+falls behind (a client that reads slowly) finds several tokens when it looks again: nothing queues up for it.
+
+Invariants: every request of a `Watch` ends; a client that hangs up, or reads nothing for STALL_S, frees its slots.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fullarc.chat import Tokenizer
+from fullarc.chat.openai import dump
+from fullarc.engine.api.metrics import Latencies
+from fullarc.engine.engine import Engine
+from fullarc.engine.sampling import MAX_SEED
+from fullarc.engine.scheduler import QueueFullError, Request, RequestError, Scheduler
+from fullarc.engine.worker import Worker
+
+STALL_S = 120.0
+
+
+class SeedSource:
+    """Seeds for requests that bring none: a counter, so a server's answers are a function of its history."""
+
+    def __init__(self, start: int) -> None:
+        self.next = start
+
+    def __call__(self) -> int:
+        self.next += 1
+        return self.next & MAX_SEED
+
+
+class Service:
+    """One engine behind all dialects.
+
+    Attributes:
+        tok: the folder's tokenizer; None if it has none, and then there is no text.
+        name: the model's name for clients.
+    """
+
+    def __init__(self, engine: Engine, model_path: str | Path, name: str = "", seed: int = 0) -> None:
+        self.worker = Worker(engine.scheduler, self._after_step)
+        self.model_path, self.started = str(model_path), time.time()
+        folder = Path(model_path)
+        self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
+        self.latencies, self.seeds = Latencies(), SeedSource(seed)
+        self._numbers = itertools.count(1)
+        self._noted: list[Watch] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For reading numbers; it is changed by `on_engine` only."""
+        return self.worker.scheduler
+
+    @property
+    def text(self) -> Tokenizer:
+        """The tokenizer. Raises RequestError where there is none."""
+        if self.tok is None:
+            raise RequestError(
+                "This model's folder has no tokenizer.json, so there is no text.", "Send token ids."
+            )
+        return self.tok
+
+    def next_id(self, prefix: str) -> str:
+        """A name for a request."""
+        return f"{prefix}-{next(self._numbers)}"
+
+    async def on_engine(self, function: Callable[[Scheduler], Any]) -> Any:
+        """Run `function` between two steps."""
+        return await asyncio.wrap_future(self.worker.call(function))
+
+    async def submit(self, requests: list[Request], each_token: bool = False) -> "Watch":
+        """Queue requests, all or none. Raises RequestError, QueueFullError."""
+        self._loop = asyncio.get_running_loop()
+        watch = Watch(self, requests)
+        for request in requests:
+            request.on_finish = watch.note_end
+            request.on_token = watch.note if each_token else None
+        watch.each_token = each_token
+        await self.on_engine(lambda s: submit_all(s, requests))
+        return watch
+
+    async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
+        """Submit, and wait for the last end; a client that hangs up frees its slots."""
+        watch = await self.submit(requests)
+        gone = asyncio.ensure_future(_disconnected(http.receive))
+        try:
+            done = asyncio.ensure_future(watch.changed())
+            await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                watch.cancel()
+                await done
+        finally:
+            gone.cancel()
+            watch.cancel()
+        return requests
+
+    # --- the way back from the engine's thread ----------------------------------------------------------------
+
+    def note(self, watch: "Watch") -> None:
+        """Engine thread: this watch has something new."""
+        self._noted.append(watch)
+
+    def _after_step(self) -> None:
+        if self._noted:
+            noted, self._noted = self._noted, []
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                if self._loop:
+                    self._loop.call_soon_threadsafe(self._wake, noted)
+
+    def _wake(self, noted: "list[Watch]") -> None:
+        for watch in noted:
+            watch.news.set()
+
+
+class Watch:
+    """The requests of one HTTP call, seen from the event loop."""
+
+    def __init__(self, service: Service, requests: list[Request]) -> None:
+        self.service, self.requests = service, requests
+        self.news, self.each_token = asyncio.Event(), False
+        self._open = len(requests)
+
+    def note(self, _request: Request) -> None:
+        """Engine thread: a token came."""
+        self.service.note(self)
+
+    def note_end(self, request: Request) -> None:
+        """Engine thread: a request ended; without streaming only the last end is news."""
+        self.service.latencies.observe(request)
+        self._open -= 1
+        if self.each_token or not self._open:
+            self.service.note(self)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all requests have ended."""
+        return all(request.finish for request in self.requests)
+
+    async def changed(self) -> None:
+        """Wait for news; what came while nobody waited counts once."""
+        await self.news.wait()
+        self.news.clear()
+
+    def cancel(self) -> None:
+        """End what still runs."""
+        if not self.ended:
+            self.service.worker.call(lambda s: [s.cancel(request) for request in self.requests])
+
+
+class EventStream(Response):
+    """Server-sent events of a watch: `events` gives pieces of the body, already framed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, watch: Watch, events: AsyncIterator[bytes]) -> None:
+        super().__init__(media_type=self.media_type, headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self.watch, self.events = watch, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda _: self.watch.cancel())
+        try:
+            async for data in self.events:
+                if gone.done():
+                    break
+                async with asyncio.timeout(STALL_S):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (TimeoutError, OSError):
+            pass  # the client reads no more; its connection is closed by the server
+        finally:
+            gone.cancel()
+            self.watch.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
+    """All or nothing: a batch with one bad prompt, or too large for the queue, is refused as a whole."""
+    names = [request.rid for request in requests]
+    known = {*scheduler.running, *(request.rid for request in scheduler.waiting)}
+    if len(set(names)) < len(names) or known.intersection(names):
+        raise RequestError("rid is in use already.", "Choose another one, or none.")
+    for request in requests:
+        scheduler.check(request)
+    if len(scheduler.waiting) + len(requests) > scheduler.max_queue:
+        raise QueueFullError(
+            f"The queue holds {scheduler.max_queue} requests and is full.", "Try again later."
+        )
+    for request in requests:
+        scheduler.submit(request)
+
+
+def event(value: Any, name: str = "") -> bytes:
+    """One server-sent event."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + dump(value) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"

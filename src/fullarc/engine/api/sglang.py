@@ -1,0 +1,280 @@
+"""SGLang's generation routes: POST /generate, and what stands around it (tokenizer, scoring, embeddings).
+
+A batch (several prompts, or n > 1) is answered by a list; streamed, by events that carry their `index`. Streamed events
+are cumulative. Text is decoded where the folder has a tokenizer, and is "" where it has none.
+"""
+
+import math
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
+from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.text import GrowingText
+from fullarc.engine.scheduler import QueueFullError, Request, RequestError
+
+
+class GenerateBody(BaseModel):
+    """POST /generate. Fields that are not here are ignored, as SGLang does; these would change the answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    rid: str | list[str] | None = None
+    text: str | list[str] | None = None
+    input_ids: Ids | list[Ids] | None = None
+    sampling_params: SamplingBody | list[SamplingBody] = Field(default_factory=SamplingBody)
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: Count | list[Count] = 0
+    token_ids_logprob: AskedIds | list[AskedIds] | None = None
+    return_text_in_logprobs: bool = False
+    stream: bool = False
+    # not implemented: only their neutral values are accepted
+    input_embeds: None = None
+    image_data: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio_data: None = None
+    video_data: None = None
+    lora_path: None = None
+    session_params: None = None
+    return_hidden_states: Literal[False, None] = None
+    return_routed_experts: Literal[False, None] = None
+    return_indexer_topk: Literal[False, None] = None
+    return_sampling_mask: Literal[False, None] = None
+    custom_logit_processor: None = None
+
+
+class Plan:
+    """One body, spread over its sequences: requests and how each is told."""
+
+    def __init__(self, service: Service, body: GenerateBody) -> None:
+        self.service, self.body = service, body
+        prompts, nested = _prompts(service, body)
+        count, sampling = len(prompts), _spread(body.sampling_params, len(prompts), "sampling_params")
+        self.batched = nested or any(wire.n > 1 for wire in sampling)
+        total = sum(wire.n for wire in sampling)
+        if total > service.scheduler.max_queue:
+            raise QueueFullError(f"{total} sequences do not fit a queue of {service.scheduler.max_queue}.")
+        wants = _spread(body.return_logprob, count, "return_logprob")
+        starts = _spread(body.logprob_start_len, count, "logprob_start_len")
+        tops = _spread(body.top_logprobs_num, count, "top_logprobs_num")
+        asked = body.token_ids_logprob or []
+        asked_of = (
+            _spread(asked, count, "token_ids_logprob")
+            if asked and isinstance(asked[0], list)
+            else [asked] * count
+        )
+        rids = _spread(body.rid, count, "rid")
+        prefix = service.next_id("fullarc")
+        self.requests: list[Request] = []
+        self.tellers: list[Teller] = []
+        for number, prompt in enumerate(prompts):
+            wire, rid = sampling[number], rids[number]
+            shared = rid is not None and (wire.n > 1 or (count > 1 and isinstance(body.rid, str)))
+            names = [
+                f"{rid}_{number}_{index}"
+                if shared
+                else rid
+                if rid is not None
+                else f"{prefix}-{number}-{index}"
+                for index in range(wire.n)
+            ]
+            told = bool(wants[number])
+            new = build(
+                service, prompt, wire, names, score_from=starts[number] if told else -1,
+                top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (),
+            )  # fmt: skip
+            self.requests += new
+            self.tellers += [
+                Teller(service, request, wire, told, body.return_text_in_logprobs) for request in new
+            ]
+
+
+def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], bool]:
+    """The prompts as ids, and whether there was a list of them."""
+    if (body.text is None) == (body.input_ids is None):
+        raise RequestError("Give either input_ids or text.")
+    if body.text is not None:
+        texts = [body.text] if isinstance(body.text, str) else body.text
+        if not texts:
+            raise RequestError("text is an empty list.", "Send at least one prompt.")
+        return [service.text.encode_raw(text) for text in texts], not isinstance(body.text, str)
+    ids: Any = body.input_ids
+    nested = bool(ids and isinstance(ids[0], list))
+    return (ids if nested else [ids]), nested
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name} has {len(value)} entries for {count} prompts.")
+    return value
+
+
+class Teller:
+    """Writes one sequence's answers, finished or (streaming, cumulative) not."""
+
+    def __init__(
+        self, service: Service, request: Request, wire: SamplingBody, logprobs: bool, texts: bool
+    ) -> None:
+        self.request, self.logprobs = request, logprobs
+        self.tok = service.tok if texts else None
+        self.text = GrowingText(service.tok, request, wire) if service.tok else None
+
+    def __call__(self) -> dict[str, Any]:
+        """SGLang's answer."""
+        request = self.request
+        ended = request.finish  # read first: when it is set, all tokens are there
+        count, start = len(request.logprobs), len(request.prompt)
+        output = request.ids[start : start + count]
+        meta: dict[str, Any] = {
+            "id": request.rid,
+            "finish_reason": finish_reason(request, ended, len(output)),
+            "prompt_tokens": start,
+            "completion_tokens": len(output),
+            "cached_tokens": request.cached_tokens,
+            "weight_version": request.weight_version,
+            "weight_versions": [[version, a, min(b, count)] for version, a, b in request.versions],
+        }
+        if ended:
+            meta["e2e_latency"] = request.ended - request.arrived
+        if self.logprobs:
+            meta |= self._logprobs(output, count)
+        if self.text:
+            self.text.read()
+        return {"text": self.text.text if self.text else "", "output_ids": output, "meta_info": meta}
+
+    def _logprobs(self, output: list[int], count: int) -> dict[str, Any]:
+        request, params = self.request, self.request.params
+        pairs = zip(request.logprobs[:count], output, strict=True)
+        meta: dict[str, Any] = {
+            "output_token_logprobs": [self._entry(*pair) for pair in pairs],
+            "output_token_logprobs_length": count,
+        }
+        if params.top_logprobs:
+            meta["output_top_logprobs"] = self._rows(request.top_logprobs[:count])
+        if params.logprob_ids:
+            meta["output_token_ids_logprobs"] = self._rows(request.ids_logprobs[:count])
+        if request.score_from >= 0:
+            # the very first token of a sequence has no log-prob
+            first = [None] if request.score_from == 0 else []
+            ids, values = request.prompt[request.score_from :], [*first, *request.input_logprobs]
+            meta["input_token_logprobs"] = [
+                self._entry(v, token) for v, token in zip(values, ids, strict=False)
+            ]
+            if params.top_logprobs:
+                meta["input_top_logprobs"] = first + self._rows(request.input_top_logprobs)
+            if params.logprob_ids:
+                meta["input_token_ids_logprobs"] = first + self._rows(request.input_ids_logprobs)
+        return meta
+
+    def _rows(self, rows: list[list[tuple[float, int]]]) -> list[Any]:
+        return [[self._entry(*pair) for pair in row] for row in rows]
+
+    def _entry(self, value: float | None, token: int) -> list[Any]:
+        return [value, token, self.tok.decode([token]) if self.tok else None]
+
+
+def finish_reason(request: Request, ended: str, count: int) -> dict[str, Any] | None:
+    """SGLang's object; None while the request runs."""
+    if ended == "stop":
+        return {"type": "stop", "matched": request.matched}
+    if ended == "length":
+        return {"type": "length", "length": count}
+    if ended:
+        return {
+            "type": "abort",
+            "message": "Abort: the request was cancelled." if count else "Abort before prefill",
+        }
+    return None
+
+
+class ScoreBody(BaseModel):
+    """POST /v1/score: the log-probs of `label_token_ids` behind query + item, for each item."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    query: str | Ids
+    items: str | list[str] | list[Ids]
+    label_token_ids: AskedIds = Field(min_length=1)
+    apply_softmax: bool = False
+    item_first: bool = False
+    model: str | None = None
+
+
+class Sglang:
+    """The handlers. `endpoints` lists them."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes of this dialect."""
+        return [
+            Endpoint("/generate", self.generate, ("POST", "PUT"), GenerateBody),
+            Endpoint("/v1/score", self.score, body=ScoreBody),
+        ]
+
+    async def generate(self, http: HttpRequest) -> Response:
+        """Sample from one or many prompts, or score them."""
+        body = await read_body(http, GenerateBody)
+        plan = Plan(self.service, body)
+        if body.stream:
+            watch = await self.service.submit(plan.requests, each_token=True)
+            return EventStream(watch, _events(plan, watch))
+        await self.service.answer(http, plan.requests)
+        answers = [tell() for tell in plan.tellers]
+        return answer(answers if plan.batched else answers[0])
+
+    async def score(self, http: HttpRequest) -> Response:
+        """How likely are some tokens behind each item?"""
+        body = await read_body(http, ScoreBody)
+        encode = self._encode
+        items = [body.items] if isinstance(body.items, str) else body.items
+        query = encode(body.query)
+        prompts = [encode(item) + query if body.item_first else query + encode(item) for item in items]
+        wire = SamplingBody(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+        name = self.service.next_id("score")
+        if len(prompts) > self.service.scheduler.max_queue:
+            raise QueueFullError(f"{len(prompts)} items do not fit the queue.")
+        requests = [
+            build(self.service, prompt, wire, [f"{name}-{n}"], logprob_ids=body.label_token_ids)[0]
+            for n, prompt in enumerate(prompts)
+        ]
+        if requests:
+            await self.service.answer(http, requests)
+        if any(request.finish == "abort" for request in requests):
+            raise RequestError("The scoring was aborted.", "Send it again.")
+        rows = [[math.exp(value) for value, _ in request.ids_logprobs[0]] for request in requests]
+        if body.apply_softmax:
+            rows = [[value / (sum(row) or 1.0) for value in row] for row in rows]
+        used = sum(map(len, prompts))
+        return answer({"object": "scoring", "scores": rows, "model": self.service.name,
+                       "usage": {"prompt_tokens": used, "total_tokens": used}})  # fmt: skip
+
+    def _encode(self, text: Any) -> list[int]:
+        return self.service.text.encode_raw(text) if isinstance(text, str) else list(text)
+
+
+async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:
+    """Cumulative answers as they grow; when the client falls behind, intermediate ones are left out."""
+    told = [0] * len(plan.requests)
+    open_ones = set(range(len(plan.requests)))
+    while open_ones:
+        await watch.changed()
+        for index in sorted(open_ones):
+            request = plan.requests[index]
+            done, count = bool(request.finish), len(request.logprobs)
+            if not done and count == told[index]:
+                continue
+            told[index] = count
+            if done:
+                open_ones.discard(index)
+            body = plan.tellers[index]()
+            yield event(body | {"index": index} if plan.batched else body)
+    yield DONE
