@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fullarc.config.errors import FullarcError
 
 EOS_NAMES = ("<|endoftext|>", "<|user|>", "<|observation|>")
+HF_TYPE = "glm_moe_dsa"
+VARIANT_TYPE = "fullarc_variant"
+_VARIANT_FIELDS = ("gqa_kv_heads", "attention_pattern", "sliding_window")
 
 
 class ModelConfig(BaseModel):
@@ -60,7 +63,16 @@ class ModelConfig(BaseModel):
     latent_norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms on the q and kv latents")
     initializer_range: float = Field(0.02, gt=0)
     num_nextn_predict_layers: int = Field(
-        1, ge=0, le=1, description="MTP layers; their weights are shared by all steps"
+        1, ge=0, description="MTP layers; one is shared by all steps, of several each step has its own"
+    )
+    gqa_kv_heads: int = Field(
+        0, ge=0, description="grouped-query attention with so many key and value heads; 0 = MLA"
+    )
+    attention_pattern: str = Field(
+        "", pattern="^[FS]*$", description="a letter per layer: full or sliding-window; empty = all full"
+    )
+    sliding_window: int = Field(
+        0, ge=0, description="keys that a query of a sliding-window layer sees, itself included"
     )
     eos_token_id: tuple[int, ...] = (154820, 154827, 154829)
     pad_token_id: int = 154820
@@ -96,6 +108,22 @@ class ModelConfig(BaseModel):
             "shared" not in types[:1],
             "indexer_types must begin with full: there is nothing to share before",
         )
+        need(
+            self.gqa_kv_heads == 0 or self.num_attention_heads % self.gqa_kv_heads == 0,
+            "num_attention_heads must be a multiple of gqa_kv_heads",
+        )
+        need(
+            len(self.attention_pattern) in (0, self.num_hidden_layers),
+            "attention_pattern must have a letter for each of the num_hidden_layers layers",
+        )
+        need(
+            ("S" in self.attention_pattern) == (self.sliding_window > 0),
+            "sliding_window must be set where attention_pattern has an S, and only there",
+        )
+        need(
+            not self.sliding_window or all(map(self.has_indexer, range(self.num_hidden_layers))),
+            "layers with a sliding_window cannot share another layer's indexer or be without one",
+        )
         return self
 
     @property
@@ -103,11 +131,24 @@ class ModelConfig(BaseModel):
         """Width of one query or key head: nope + rope."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def variant(self) -> str:
+        """Which of the paper's comparison attentions this is, in words; empty for GLM-5's own."""
+        gqa = "grouped-query attention" if self.gqa_kv_heads else ""
+        window = "sliding-window layers" if self.sliding_window else ""
+        return " and ".join(filter(None, (gqa, window)))
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of a decoder layer may see at most, itself included; 0 = all."""
+        return self.sliding_window if self.attention_pattern[layer : layer + 1] == "S" else 0
+
     def has_indexer(self, layer: int) -> bool:
         """Whether a decoder layer chooses its keys itself; else it takes the choice of the last one that does.
 
         Every layer of GLM-5 does. IndexShare (arXiv 2603.12201): GLM-5.2 has 4 and 3 here, so 0, 1, 2, 6, 10, …
         """
+        if self.gqa_kv_heads:
+            return False
         if self.indexer_types:
             return self.indexer_types[layer] == "full"
         return max(layer - self.index_skip_topk_offset + 1, 0) % self.index_topk_freq == 0
@@ -120,34 +161,44 @@ class ModelConfig(BaseModel):
     def parameter_count(self, with_mtp: bool = False) -> int:
         """Number of weights, embeddings and output layer included, router bias buffers not."""
         d, h = self.hidden_size, self.num_attention_heads
-        mla = d * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * h * self.qk_head_dim
-        mla += d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
-        mla += self.kv_lora_rank * h * (self.qk_nope_head_dim + self.v_head_dim) + h * self.v_head_dim * d
+        attention = d * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * h * self.qk_head_dim
+        attention += d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
+        attention += self.kv_lora_rank * h * (self.qk_nope_head_dim + self.v_head_dim)
+        if self.gqa_kv_heads:
+            attention = d * (h * self.qk_head_dim + self.gqa_kv_heads * (self.qk_head_dim + self.v_head_dim))
+        attention += h * self.v_head_dim * d
         index = self.q_lora_rank * self.index_n_heads * self.index_head_dim + d * self.index_head_dim
         index += 2 * self.index_head_dim + d * self.index_n_heads
         expert = 3 * d * self.moe_intermediate_size
         moe = (self.n_routed_experts + self.n_shared_experts) * expert + self.n_routed_experts * d
-        common = mla + 2 * d
+        common = attention + 2 * d
         sparse_layers = self.num_hidden_layers - self.first_k_dense_replace
         total = self.num_hidden_layers * common + sparse_layers * moe
         total += self.first_k_dense_replace * 3 * d * self.intermediate_size
         total += sum(map(self.has_indexer, range(self.num_hidden_layers))) * index
         total += 2 * self.vocab_size * d + d
         if with_mtp:
+            index = 0 if self.gqa_kv_heads else index
             total += self.num_nextn_predict_layers * (common + index + moe + 2 * d * d + 3 * d)
         return total
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of `config.json`, in the form of the released checkpoint."""
+        """The content of `config.json`, in the form of the released checkpoint.
+
+        No other program has the attentions of the paper's comparisons (`variant`): with one, the type of the model is
+        VARIANT_TYPE, which they refuse, instead of one that they would load and compute wrongly.
+        """
         fields = self.model_dump()
+        for name in _VARIANT_FIELDS if not self.variant else ():
+            del fields[name]
         theta = fields.pop("rope_theta")
         fields["eos_token_id"] = list(fields["eos_token_id"])
         fields["indexer_types"] = list(self.indexer_types) or None
         return {
-            "architectures": ["GlmMoeDsaForCausalLM"],
-            "model_type": "glm_moe_dsa",
+            "architectures": ["FullarcVariantForCausalLM" if self.variant else "GlmMoeDsaForCausalLM"],
+            "model_type": VARIANT_TYPE if self.variant else HF_TYPE,
             **fields,
-            "num_key_value_heads": self.num_attention_heads,
+            "num_key_value_heads": self.gqa_kv_heads or self.num_attention_heads,
             "qk_head_dim": self.qk_head_dim,
             "head_dim": self.qk_rope_head_dim,
             "moe_layer_freq": 1,
@@ -168,7 +219,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """Read a `config.json`. Raises FullarcError for another architecture or sizes that cannot be."""
-        if config.get("model_type") != "glm_moe_dsa":
+        if config.get("model_type") not in (HF_TYPE, VARIANT_TYPE):
             raise FullarcError(
                 f"config.json describes a model of type {config.get('model_type')!r}, not 'glm_moe_dsa'.",
                 "Point at a GLM-5 checkpoint folder.",
@@ -193,6 +244,17 @@ _LAPTOP = dict(
     initializer_range=0.02, max_position_embeddings=2048, index_topk=2048, first_k_dense_replace=1,
     eos_token_id=(0, 1, 2), pad_token_id=0,
 )  # fmt: skip
+
+_TABLE_1 = dict(hidden_size=128, q_lora_rank=96, kv_lora_rank=64, qk_rope_head_dim=8)
+ATTENTIONS: dict[str, dict[str, int]] = {
+    "mla": _TABLE_1 | dict(num_attention_heads=6, qk_nope_head_dim=16, v_head_dim=20),
+    "mla-256": _TABLE_1 | dict(num_attention_heads=4, qk_nope_head_dim=24, v_head_dim=32),
+    "gqa": _TABLE_1 | dict(num_attention_heads=6, qk_nope_head_dim=16, v_head_dim=32, gqa_kv_heads=3),
+}
+"""Table 1's attentions at hidden size 128; their matrices have the same number of parameters.
+
+MLA-256 has a third of the heads less, each 4/3 as wide: 24 → 32 dimensions of queries and keys, as 192 → 256.
+"""
 
 SIZES: dict[str, dict[str, Any]] = {
     "nano": _LAPTOP

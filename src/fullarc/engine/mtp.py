@@ -1,8 +1,8 @@
 """How far ahead does the MTP layer see? Greedy self-speculation, measured (GLM-5, Table 2).
 
-One verify step: the trunk's state at the last token drafts d_1 … d_n by applying the shared MTP layer n times (the
-post-norm state is carried on, as in training); the trunk then checks the drafts, keeps those equal to its own greedy
-choice up to the first miss, and adds its own next token.
+One verify step: the trunk's state at the last token drafts d_1 … d_n by applying the shared MTP layer n times, or the
+separate ones in turn (the post-norm state is carried on, as in training); the trunk then checks the drafts, keeps those
+equal to its own greedy choice up to the first miss, and adds its own next token.
 
     accept length = tokens committed / verify steps, the bonus token included;  1 <= accept length <= n + 1
 
@@ -79,6 +79,6 @@ def _draft(net: GlmMoeDsa, ids: list[int], hidden_BTD: torch.Tensor, steps: int)
     known, last = list(ids), hidden_BTD.shape[1] - 1
     h_BTD = torch.nn.functional.pad(hidden_BTD, (0, 0, 0, 1))
     for depth in range(steps):
-        h_BTD = net.mtp(h_BTD, torch.tensor([known[depth:]]), steps=1).hidden[0]
+        h_BTD = net.mtp(h_BTD, torch.tensor([known[depth:]]), steps=1, first=depth).hidden[0]
         known.append(int(net.lm_head(h_BTD[0, last]).argmax()))
     return known[len(ids) :]

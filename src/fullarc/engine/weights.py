@@ -21,6 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
 from fullarc.engine.integer import Integer, IntegerExperts
 from fullarc.engine.products import (
@@ -259,7 +260,7 @@ def _moe(moe: MoE, dtype: str) -> MoEWeights:
 
 
 def _layer(layer: nn.Module, config: ModelConfig, dtype: str) -> LayerWeights:
-    assert isinstance(layer, DecoderLayer)
+    assert isinstance(layer, DecoderLayer) and isinstance(layer.self_attn, MLA)
     return LayerWeights(
         _attention(layer.input_layernorm.weight, layer.self_attn, config, dtype),
         layer.post_attention_layernorm.weight,
@@ -271,8 +272,13 @@ def _layer(layer: nn.Module, config: ModelConfig, dtype: str) -> LayerWeights:
 def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> EngineWeights:
     """Fuse the weights of `model` (any dtype) for computing in `dtype`; matrices of integers stay so in all of them.
 
-    The model itself is not kept.
+    The model itself is not kept. Raises FullarcError for one of the paper's comparison attentions.
     """
+    if model.config.variant:
+        raise FullarcError(
+            f"The engine serves GLM-5's attention, not {model.config.variant}.",
+            "Such a model is for comparisons: score it with its own forward pass.",
+        )
     model = model.float()
     config = model.config
     layers = tuple(_layer(layer, config, dtype) for layer in model.layers)

@@ -2,6 +2,7 @@
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
 fullarc bench train|dsa [--json] [--save]
+fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
 `--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
 turn fails when it is more than TOLERANCE worse than what was kept, whatever its target says. Seconds, bytes and scores
@@ -33,11 +34,13 @@ class Area:
         measure: from its options to {"claims": […]}, with "machine" where that is not this one. It imports what it
             needs, so that listing the areas loads nothing.
         options: adds the area's own options to the parser.
+        show: a result as text for a terminal; None: the table of its claims.
     """
 
     about: str
     measure: Callable[[argparse.Namespace], dict[str, Any]]
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    show: Callable[[dict[str, Any]], str] | None = None
 
 
 def _arc_options(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +85,29 @@ def _dsa(_: argparse.Namespace) -> dict[str, Any]:
     return {"claims": bench_dsa.claims()}
 
 
+def _paper_options(parser: argparse.ArgumentParser) -> None:
+    from fullarc.evals import bench_paper
+
+    bench_paper.options(parser)
+
+
+def _paper(options: argparse.Namespace) -> dict[str, Any]:
+    from fullarc.evals import bench_paper
+
+    return bench_paper.measure(options)
+
+
+def _paper_text(result: dict[str, Any]) -> str:
+    from fullarc.evals import bench_paper
+
+    return bench_paper.text(result)
+
+
 AREAS = {
     "arc": Area("the whole laptop recipe, raw text to agent", _arc, _arc_options),
     "train": Area("a training step against transformers, and where its time goes", _train),
     "dsa": Area("sparse against dense attention, by length", _dsa),
+    "paper": Area("the paper's ablation tables in miniature", _paper, _paper_options, _paper_text),
 }
 
 
@@ -205,7 +227,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(sorted(AREAS)) if arguments.json else plain)
         return 0
     result = _measure(arguments)
-    print(json.dumps(result, indent=1) if arguments.json else table(result))
+    show = AREAS[area].show or table
+    print(json.dumps(result, indent=1) if arguments.json else show(result))
     if arguments.save:
         print(f"saved as {save(result)}", file=sys.stderr)
     return 1 if any(one["ok"] is False for one in result["claims"]) else 0

@@ -36,13 +36,16 @@ from fullarc.model.rotation import rotate
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS = "model.safetensors"
 _MTP_RENAMES = {"norm.weight": "shared_head.norm.weight"}
+_MTP_COPIES = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight")
+"""Released checkpoints repeat the embeddings and the output layer beside the MTP layer."""
 
 
 def _disk_name(name: str, layers: int) -> str:
-    """Name on disk of the parameter or buffer `name`."""
-    if name.startswith("mtp_layer."):
-        tail = name.removeprefix("mtp_layer.")
-        return f"model.layers.{layers}.{_MTP_RENAMES.get(tail, tail)}"
+    """Name on disk of the parameter or buffer `name`: MTP layers are counted on after the last decoder layer."""
+    mtp = re.match(r"mtp_(?:layer|later\.(\d+))\.(.*)", name)
+    if mtp:
+        number = layers + (0 if mtp[1] is None else int(mtp[1]) + 1)
+        return f"model.layers.{number}.{_MTP_RENAMES.get(mtp[2], mtp[2])}"
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -182,7 +185,8 @@ def load_state(model: GlmMoeDsa, folder: Path) -> None:
     unexpected = [
         n
         for n in tensors
-        if not re.search(r"\.(embed_tokens|shared_head\.head)\.weight$", n) or f"layers.{layers}." not in n
+        if not (copy := _MTP_COPIES.fullmatch(n))
+        or not layers <= int(copy[1]) < layers + model.config.num_nextn_predict_layers
     ]
     if unexpected:
         raise FullarcError(

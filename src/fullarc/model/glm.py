@@ -1,17 +1,22 @@
 """GLM-5: embedding, decoder layers, output layer, one MTP layer applied several times (GLM-5 section 2.1).
 
+What the paper compares these with is here as well: grouped-query attention and sliding windows in place of MLA's, and
+a separate MTP layer for every step (DeepSeek-V3 section 2.2).
+
 Invariant: a position's output depends on earlier-or-equal positions of its own document only, through attention,
 the indexer's choice and MTP alike. Packing several documents in a row changes nothing in any of them.
 Shape suffixes: see ops.py; L = MoE layers.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.gqa import GQA
 from fullarc.model.induction import start_with_induction
 from fullarc.model.mla import MLA, Index, Visibility, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
@@ -42,7 +47,7 @@ class TrunkOutput:
 class MTPOutput:
     """Result of the MTP steps: `hidden[d]` at position t predicts token t + 2 + d; the rest as in TrunkOutput.
 
-    `router_load_LE` has one row, summed over the steps.
+    `router_load_LE` has a row for each MTP layer, summed over its steps.
     """
 
     hidden: list[Tensor]
@@ -77,7 +82,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         dense = layer is not None and layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config, layer)
+        self.self_attn: MLA | GQA = GQA(config) if config.gqa_kv_heads else MLA(config, layer)
+        self.window = 0 if layer is None else config.window(layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: FFN | MoE = FFN(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
@@ -117,6 +123,13 @@ class GlmMoeDsa(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp_layer = MTPLayer(config) if config.num_nextn_predict_layers else None
+        self.mtp_later = nn.ModuleList(MTPLayer(config) for _ in range(1, config.num_nextn_predict_layers))
+
+    @property
+    def mtp_layers(self) -> list[MTPLayer]:
+        """The MTP layers in the order of their steps; the last one is applied again in all steps that follow."""
+        first = [] if self.mtp_layer is None else [self.mtp_layer]
+        return [*first, *cast("Iterable[MTPLayer]", self.mtp_later)]
 
     def init_weights(self, seed: int, induction: bool = False) -> "GlmMoeDsa":
         """Draw all weights, a pure function of the arguments; norms stay at one.
@@ -185,11 +198,14 @@ class GlmMoeDsa(nn.Module):
             indexer_loss: "off", "dense" (warm-up: attention stays dense) or "sparse".
         """
         self._check(input_ids, doc_ids)
-        seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
+        seen = {
+            window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
+            for window in {self.config.window(layer) for layer in range(len(self.layers))}
+        }
         h_BTD = self.embed_tokens(input_ids)
         kls, stats, index = [], [], None
         for layer in self.layers:
-            h_BTD, kl, layer_stats, index = layer(h_BTD, seen, index)
+            h_BTD, kl, layer_stats, index = layer(h_BTD, seen[layer.window], index)
             kls.append(kl)
             stats.append(layer_stats)
         return TrunkOutput(self.norm(h_BTD), *self._summary(kls, stats, h_BTD))
@@ -202,37 +218,44 @@ class GlmMoeDsa(nn.Module):
         parent_ids: Tensor | None = None,
         steps: int = 3,
         indexer_loss: str = "off",
+        first: int = 0,
     ) -> MTPOutput:
-        """Apply the shared MTP layer `steps` times to the trunk's post-norm states.
+        """Apply the shared MTP layer, or the steps' own layers in turn, `steps` times to the trunk's post-norm states.
 
         Step d reads the embedding of token t + 1 + d; the state carried to the next step is the post-norm one.
-        Embeddings beyond the end of a document are zero. See `mtp_targets` for the targets.
+        Embeddings beyond the end of a document are zero. See `shift_targets` for the targets. `first` is the number
+        of the step that the first one counts as where steps have layers of their own.
         """
-        if self.mtp_layer is None:
+        layers = self.mtp_layers
+        if not layers:
             raise ValueError("num_nextn_predict_layers is 0: this model has no MTP layer")
         seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
         embedded = self.embed_tokens(input_ids)
         h, outputs, kls, stats = hidden_BTD, [], [], []
-        for step in range(steps):
-            joined = self.mtp_layer.join(_shift(embedded, step + 1, doc_ids), h)
-            h, kl, layer_stats, _ = self.mtp_layer(joined, seen)
-            h = self.mtp_layer.norm(h)
+        turns = [min(first + step, len(layers) - 1) for step in range(steps)]
+        for step, turn in enumerate(turns):
+            layer = layers[turn]
+            h, kl, layer_stats, _ = layer(layer.join(_shift(embedded, step + 1, doc_ids), h), seen)
+            h = layer.norm(h)
             outputs.append(h)
             kls.append(kl)
             stats.append(layer_stats)
-        kl, load_LE, aux = self._summary(kls, stats, hidden_BTD)
-        return MTPOutput(outputs, kl, load_LE.sum(0, keepdim=True), aux)
+        kl, load_SE, aux = self._summary(kls, stats, hidden_BTD)
+        load_LE = load_SE.new_zeros(len(layers), load_SE.shape[1])
+        return MTPOutput(
+            outputs, kl, load_LE.index_add_(0, torch.tensor(turns, device=load_SE.device), load_SE), aux
+        )
 
     @torch.no_grad()
     def update_router_bias(self, load_LE: Tensor, rate: float) -> None:
         """Move each router's bias by `rate` towards balance: up where the load is under the mean.
 
-        `load_LE` has a row for each MoE layer of the trunk, and one more for the MTP layer if it was run.
+        `load_LE` has a row for each MoE layer of the trunk, and one more for each MTP layer if they were run.
         """
-        layers = list(self.layers) if self.mtp_layer is None else [*self.layers, self.mtp_layer]
+        layers = cast("list[DecoderLayer]", [*self.layers, *self.mtp_layers])
         routers = [layer.mlp.gate for layer in layers if isinstance(layer.mlp, MoE)]
-        if self.mtp_layer is not None and len(load_LE) == len(routers) - 1:
-            routers.pop()  # the MTP layer was not run
+        if len(load_LE) == len(routers) - len(self.mtp_layers):
+            routers = routers[: len(load_LE)]  # no MTP layer was run
         for router, load_E in zip(routers, load_LE, strict=True):
             router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
@@ -256,7 +279,12 @@ class GlmMoeDsa(nn.Module):
             raise ValueError(f"input_ids contain a token outside 0..{self.config.vocab_size - 1}")
 
     def _visibility(
-        self, input_ids: Tensor, doc_ids: Tensor | None, parent_ids: Tensor | None, indexer_loss: str
+        self,
+        input_ids: Tensor,
+        doc_ids: Tensor | None,
+        parent_ids: Tensor | None,
+        indexer_loss: str,
+        window: int = 0,
     ) -> Visibility:
         if indexer_loss not in ("off", "dense", "sparse"):
             raise ValueError(f"indexer_loss must be 'off', 'dense' or 'sparse', got {indexer_loss!r}")
@@ -276,9 +304,10 @@ class GlmMoeDsa(nn.Module):
                 positions = positions + torch.where(parent_ids > 0, sizes.gather(1, parent_ids), 0)
         cos, sin = rope_tables(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         topk = None if indexer_loss == "dense" else self.config.index_topk
-        if doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk:
+        near = (positions[: 1 if doc_ids is None else None], window) if 0 < window < length else None
+        if doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk and near is None:
             return Visibility(cos, sin)
-        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device)
+        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device, near)
         return Visibility(cos, sin, chunks, indexer_loss, valid)
 
     @staticmethod

@@ -40,6 +40,11 @@ def start_with_induction(model: "GlmMoeDsa", generator: torch.Generator) -> None
     constants = max(1, round(d * CONSTANT_SHARE))
     n = min(config.qk_nope_head_dim, value, config.q_lora_rank // 2, latent // 3, (d - constants) // 4)
     copied = min(value, latent - 2 * n, d - constants - 2 * n)
+    if config.gqa_kv_heads:
+        raise FullarcError(
+            "A start with induction heads is made for latent attention, not for grouped queries.",
+            "Set stages.pretrain.induction = false.",
+        )
     if config.num_hidden_layers < 2 or config.num_attention_heads < 2 or n < 1:
         raise FullarcError(
             "A start with induction heads needs two layers, two heads and a kv_lora_rank of at least 3.",

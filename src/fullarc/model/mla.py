@@ -88,12 +88,18 @@ class Visibility:
 
 
 def visible_chunks(
-    length: int, doc_ids: Tensor | None, parent_ids: Tensor | None, topk: int | None, device: torch.device
+    length: int,
+    doc_ids: Tensor | None,
+    parent_ids: Tensor | None,
+    topk: int | None,
+    device: torch.device,
+    near: tuple[Tensor, int] | None = None,
 ) -> list[Chunk]:
     """The queries of rows of `length` in chunks, each with the blocks of keys it needs.
 
     A packed row is a band of small documents, so most blocks are invisible to most queries and are never touched;
-    and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse.
+    and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse. `near`: positions within their
+    documents [B, T], and how many keys up to its own a query may see.
     """
     block = LONG_BLOCK if doc_ids is None else BLOCK
     index_T = torch.arange(length, device=device)
@@ -101,14 +107,19 @@ def visible_chunks(
     chunks = []
     for number, queries in enumerate(places):
         part = slice(number * block, number * block + len(queries))
-        if doc_ids is None:
+        if doc_ids is None and near is None:
             blocks, packed, most = list(range(number + 1)), None, part.stop
         else:
-            same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
-            if parent_ids is not None:
-                parent = parent_ids[:, part, None]
-                same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
-            allowed = same & (queries[:, None] >= index_T[None, : part.stop])
+            allowed = (queries[:, None] >= index_T[: part.stop])[None]
+            if doc_ids is not None:
+                same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
+                if parent_ids is not None:
+                    parent = parent_ids[:, part, None]
+                    same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
+                allowed = same & allowed
+            if near is not None:
+                places_BT, window = near
+                allowed = allowed & (places_BT[:, part, None] - places_BT[:, None, : part.stop] < window)
             pieces = allowed.split(block, -1)
             blocks = [other for other, piece in enumerate(pieces) if piece.any()]
             packed, most = torch.cat([pieces[other] for other in blocks], -1), int(allowed.sum(-1).max())

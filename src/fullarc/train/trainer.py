@@ -46,7 +46,7 @@ def trained(*, indexer: bool, mtp: bool, trunk: bool = True) -> Callable[[str], 
     """
 
     def chosen(name: str) -> bool:
-        if name.startswith("mtp_layer.") and not mtp:
+        if name.startswith("mtp_") and not mtp:
             return False
         return indexer if ".indexer." in name else trunk
 
