@@ -29,6 +29,7 @@ from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
 from fullarc.train.parallel.exchange import Exchange
 from fullarc.train.parallel.experts import ParallelExperts, divide_experts, divided_experts
 from fullarc.train.parallel.fsdp import FsdpTrainer
+from fullarc.train.parallel.shared import SharedRows
 
 Weights = dict[str, np.ndarray]
 LOSS = LmLoss(mtp_steps=2, aux_weight=0.01)
@@ -88,6 +89,30 @@ def bad_loss(ranks: Ranks, config: ModelConfig, rows: Path, fsdp: bool) -> str:
         trainer.step(micro, LOSS)  # all ranks can go on together
         return error.message
     return "nothing"
+
+
+def sums(ranks: Ranks, blind: bool) -> tuple[bool, bool, list[tuple[Weights, Weights]]]:
+    """Whether memory is shared for fp32 and for other numbers, and sums and copies of lists that grow and shrink.
+
+    `blind`: the last rank finds another file where the first one's should be.
+    """
+    if blind and ranks.rank == ranks.size - 1:
+        os.readlink = lambda path: "/memfd:another (deleted)"
+    memory = SharedRows(ranks.rank, ranks.size, ranks.gather)
+    shared = memory.sum_([torch.ones(2)]), memory.sum_([torch.ones(2, dtype=torch.float64)])
+    results = []
+    for shapes in ([(3,)], [(0,), (5, 2)], [(1000,), (7, 3), (2,)], [(1,)]):
+        both = [random(ranks.rank, shapes), random(ranks.rank, shapes)]
+        ranks.sum_(both[0])
+        ranks.spread_(both[1], [i % ranks.size for i in range(len(shapes))])
+        results.append(tuple(arrays(dict(enumerate(tensors))) for tensors in both))
+    return *shared, results
+
+
+def random(rank: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Numbers of very different size, others on each rank."""
+    generator = torch.Generator().manual_seed(rank)
+    return [10 ** (6 * torch.rand(shape, generator=generator)) for shape in shapes]
 
 
 def fail(ranks: Ranks, how: str) -> None:

@@ -69,6 +69,21 @@ def test_the_sharded_optimizer_makes_the_same_bits_with_a_share_of_the_state(con
     assert max(held) <= sum(held) / size + largest, held
 
 
+@pytest.mark.parametrize(
+    "size, blind", [(2, False), (3, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
+def test_sums_go_through_shared_memory_in_the_order_of_the_ranks(size, blind):
+    """Where one rank cannot see the memory, none uses it, and sums are the same up to their order."""
+    for shared, doubles, results in launch(jobs.sums, size, blind):
+        assert (shared, doubles) == (not blind, False)
+        for summed, spread in results:
+            inputs = [jobs.random(rank, [array.shape for array in summed.values()]) for rank in range(size)]
+            for i in summed:
+                total = sum((tensors[i] for tensors in inputs[1:]), inputs[0][i]).numpy()
+                assert np.allclose(summed[i], total, rtol=1e-6) if blind else np.array_equal(summed[i], total)
+                assert np.array_equal(spread[i], inputs[i % size][i].numpy())
+
+
 def test_owners_are_balanced():
     costs = {"a": 8.0, "b": 7.0, "c": 6.0, "d": 5.0, "e": 4.0}
     assert share_out(costs, 2) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 0}

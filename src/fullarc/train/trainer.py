@@ -161,13 +161,14 @@ class Trainer:
         """The step's sums and gradients over all ranks."""
         return sums.over(self.ranks, self.parameters.values())
 
-    def _norm(self, grads: Sequence[Tensor]) -> float:
-        return float(torch.nn.utils.get_total_norm(grads))
-
     def _normalise(self, count: float) -> float:
-        """Divide the gradients by the step's count, clip, and return the norm before clipping."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = self._norm(grads) / count
+        """Divide the gradients by the step's count, clip, and return the norm before clipping.
+
+        Each rank does so with those that its part of the optimizer uses.
+        """
+        grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        square = float(torch.nn.utils.get_total_norm(grads)) ** 2
+        norm = sum(self.ranks.gather(square)) ** 0.5 / count
         if not norm < float("inf"):
             raise self._non_finite("the gradient")
         clip = self.settings.clip

@@ -162,10 +162,6 @@ class FsdpTrainer(Trainer):
             parameter.grad = None
         return sums.over(self.ranks, ())
 
-    def _norm(self, grads: Sequence[Tensor]) -> float:
-        square = super()._norm(grads) ** 2
-        return sum(self.ranks.gather(square)) ** 0.5
-
     def whole_model(self) -> GlmMoeDsa:
         """The model with all of its weights on the first rank, an empty one on the others."""
         with torch.device("meta"):

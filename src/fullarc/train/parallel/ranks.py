@@ -8,6 +8,7 @@ With one rank every method is the identity and torch.distributed is not touched.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fullarc.config.context import silent
+from fullarc.train.parallel.shared import SharedRows
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each contiguous tensor by its sum over the ranks, the same bits on all."""
-        if self.size > 1:
+        if self.size > 1 and not self._shared.sum_(tensors):
             _wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors])
 
     def spread_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         """Replace each tensor by its owner's."""
-        if self.size > 1:
+        if self.size > 1 and not self._shared.spread_(tensors, owners):
             pairs = zip(tensors, owners, strict=True)
             _wait([dist.broadcast(tensor, owner, async_op=True) for tensor, owner in pairs])
 
@@ -61,6 +63,10 @@ class Ranks:
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.gather(None)
+
+    @cached_property
+    def _shared(self) -> SharedRows:
+        return SharedRows(self.rank, self.size, self.gather)
 
 
 ALONE = Ranks()
