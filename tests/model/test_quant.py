@@ -8,7 +8,7 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import preset
 from fullarc.model import GlmMoeDsa
-from fullarc.model.quant import Linear, QuantScheme, dequantize, pack, quantize, unpack
+from fullarc.model.quant import Linear, QuantScheme, dequantize, pack, quantize, quantize_best, unpack
 
 # pack_to_int32 and calculate_qparams of compressed-tensors 0.20.0 for `fixture()`: (bits, group) -> words, scales
 COMPRESSED = {
@@ -181,3 +181,23 @@ def test_gradients_of_a_product_by_hand() -> None:
 def test_a_group_that_does_not_divide_the_experts_is_refused() -> None:
     with pytest.raises(FullarcError, match="group of 32 does not divide a row of 16"):
         network().quantize_experts(QuantScheme(4, 32))
+
+
+def test_searched_scales_are_the_best_of_the_grid() -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)) ** 3
+    weight[0] = 0
+    for scheme in (QuantScheme(4, 0), QuantScheme(4, 8), QuantScheme(8, 0)):
+        q, scale = quantize_best(weight, scheme)
+        error = (dequantize(q, scale) - weight).square().unflatten(-1, (scale.shape[1], -1)).sum(-1)
+        groups = weight.unflatten(-1, (scale.shape[1], -1))
+        half = 2 ** (scheme.bits - 1)
+        for row in range(6):
+            for group in range(scale.shape[1]):
+                w = groups[row, group].double()
+                tried = []
+                for part in np.arange(0.5, 1.001, 0.02):
+                    s = max(float(w.abs().max()) / (half - 0.5) * part, 1e-12)
+                    tried.append(float(((w / s).round().clamp(-half, half - 1) * s - w).square().sum()))
+                assert float(error[row, group]) == pytest.approx(min(tried), rel=1e-3, abs=1e-9)
+        plain = (dequantize(*quantize(weight, scheme)) - weight).square().sum()
+        assert error.sum() < plain if scheme.bits == 4 else error.sum() <= plain * 1.0001

@@ -1,7 +1,7 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
-fullarc bench train|dsa [--json] [--save]
+fullarc bench train|dsa|topk [--json] [--save]
 fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
 `--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
@@ -10,11 +10,12 @@ never fail for that: they depend on the machine and on what else it does. A new 
 """
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fullarc.config.errors import UsageError
@@ -25,90 +26,19 @@ BASELINES = Path("bench/baselines")
 TOLERANCE = 0.1
 
 
-@dataclass(frozen=True)
-class Area:
-    """One thing that can be measured.
-
-    Attributes:
-        about: what it is, in a line.
-        measure: from its options to {"claims": […]}, with "machine" where that is not this one. It imports what it
-            needs, so that listing the areas loads nothing.
-        options: adds the area's own options to the parser.
-        show: a result as text for a terminal; None: the table of its claims.
-    """
-
-    about: str
-    measure: Callable[[argparse.Namespace], dict[str, Any]]
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    show: Callable[[dict[str, Any]], str] | None = None
-
-
-def _arc_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run each; default 0")
-    parser.add_argument(
-        "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
-    )
-    parser.add_argument("--thorough", action="store_true", help="ask their checkpoints more questions first")
-    parser.add_argument("--recipe", type=Path, help="another recipe than recipes/laptop.toml")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs/bench"), help="where fresh runs go")
-
-
-def _arc(options: argparse.Namespace) -> dict[str, Any]:
-    from fullarc.evals import bench_arc
-
-    try:
-        seeds = [int(part) for part in options.seeds.split(",") if options.seeds]
-    except ValueError:
-        raise UsageError(
-            f"--seeds {options.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."
-        ) from None
-    folders = list(options.from_runs) or [
-        bench_arc.run_recipe(seed, options.runs_dir, options.recipe or bench_arc.RECIPE)
-        for seed in seeds or (0,)
-    ]
-    if options.thorough or not options.from_runs:
-        for folder in folders:
-            bench_arc.examine(folder)
-    runs = [bench_arc.read_run(folder) for folder in folders]
-    return {"machine": runs[0].machine, "claims": bench_arc.judge(runs)}
-
-
-def _train(_: argparse.Namespace) -> dict[str, Any]:
-    from fullarc.evals import bench_train
-
-    return {"claims": bench_train.claims()}
-
-
-def _dsa(_: argparse.Namespace) -> dict[str, Any]:
-    from fullarc.evals import bench_dsa
-
-    return {"claims": bench_dsa.claims()}
-
-
-def _paper_options(parser: argparse.ArgumentParser) -> None:
-    from fullarc.evals import bench_paper
-
-    bench_paper.options(parser)
-
-
-def _paper(options: argparse.Namespace) -> dict[str, Any]:
-    from fullarc.evals import bench_paper
-
-    return bench_paper.measure(options)
-
-
-def _paper_text(result: dict[str, Any]) -> str:
-    from fullarc.evals import bench_paper
-
-    return bench_paper.text(result)
-
-
 AREAS = {
-    "arc": Area("the whole laptop recipe, raw text to agent", _arc, _arc_options),
-    "train": Area("a training step against transformers, and where its time goes", _train),
-    "dsa": Area("sparse against dense attention, by length", _dsa),
-    "paper": Area("the paper's ablation tables in miniature", _paper, _paper_options, _paper_text),
+    "arc": "the whole laptop recipe, raw text to agent",
+    "train": "a training step against transformers, and where its time goes",
+    "dsa": "sparse against dense attention, by length",
+    "topk": "a forward pass against decoding, with and without a rule for ties",
+    "paper": "the paper's ablation tables in miniature",
 }
+"""Each is a module `bench_AREA` with `measure(options)`, from its options to {"claims": […]} with "machine" where that is
+not this one, and where it needs them `options(parser)`, which adds its own, and `show(result)`, for a terminal."""
+
+
+def _area(name: str) -> ModuleType:
+    return importlib.import_module(f"fullarc.evals.bench_{name}")
 
 
 def claim(
@@ -143,7 +73,7 @@ def run(area: str, argv: Sequence[str] = ()) -> dict[str, Any]:
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     area = arguments.area
-    result = {"area": area, "machine": machine()} | AREAS[area].measure(arguments)
+    result = {"area": area, "machine": machine()} | _area(area).measure(arguments)
     compare(result["claims"], stored(area))
     return result
 
@@ -200,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     host = result["machine"]
     where = f"{host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, torch {host['torch']}"
-    return "\n".join([f"{result['area']}: {AREAS[result['area']].about}", f"on {where}", "", *lines])
+    return "\n".join([f"{result['area']}: {AREAS[result['area']]}", f"on {where}", "", *lines])
 
 
 def _parser(area: str) -> argparse.ArgumentParser:
@@ -214,7 +144,7 @@ def _parser(area: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true", help=f"keep the result in {BASELINES}/")
     if area:
-        AREAS[area].options(parser)
+        getattr(_area(area), "options", lambda _: None)(parser)
     return parser
 
 
@@ -223,11 +153,11 @@ def main(argv: Sequence[str]) -> int:
     area = next((word for word in argv if not word.startswith("-")), "")
     arguments = _parser(area).parse_args(argv)
     if not area:
-        plain = "\n".join(f"{name}  {one.about}" for name, one in AREAS.items())
+        plain = "\n".join(f"{name}  {about}" for name, about in AREAS.items())
         print(json.dumps(sorted(AREAS)) if arguments.json else plain)
         return 0
     result = _measure(arguments)
-    show = AREAS[area].show or table
+    show = getattr(_area(area), "show", table)
     print(json.dumps(result, indent=1) if arguments.json else show(result))
     if arguments.save:
         print(f"saved as {save(result)}", file=sys.stderr)

@@ -7,6 +7,7 @@ the time that is measured, because a claim of 3 points cannot be judged by 15 qu
 read again from a run folder later (`--from-runs`); memory is kept in its bench.json.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fullarc.config.errors import FullarcError
+from fullarc.config.errors import FullarcError, UsageError
 from fullarc.config.files import MANIFEST, atomic_write, read_jsonl, sha256
 from fullarc.config.runfolder import RESOLVED, digest
 from fullarc.evals.scores import COLUMNS, NEEDLE, Scores, column
@@ -355,6 +356,35 @@ def _descendants(root: int, parents: dict[int, int]) -> Iterable[int]:
         grown = bool(more)
         family |= more
     return family
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The area's own options."""
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run each; default 0")
+    parser.add_argument(
+        "--from-runs", nargs="+", type=Path, default=[], metavar="DIR", help="read these instead of running"
+    )
+    parser.add_argument("--thorough", action="store_true", help="ask their checkpoints more questions first")
+    parser.add_argument("--recipe", type=Path, help="another recipe than recipes/laptop.toml")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/bench"), help="where fresh runs go")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the recipe, or read runs, and judge them."""
+    try:
+        seeds = [int(part) for part in arguments.seeds.split(",") if arguments.seeds]
+    except ValueError:
+        raise UsageError(
+            f"--seeds {arguments.seeds} is not a list of whole numbers.", "Write --seeds 0,1,2."
+        ) from None
+    folders = list(arguments.from_runs) or [
+        run_recipe(seed, arguments.runs_dir, arguments.recipe or RECIPE) for seed in seeds or (0,)
+    ]
+    if arguments.thorough or not arguments.from_runs:
+        for folder in folders:
+            examine(folder)
+    runs = [read_run(folder) for folder in folders]
+    return {"machine": runs[0].machine, "claims": judge(runs)}
 
 
 __all__ = [

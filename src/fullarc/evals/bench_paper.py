@@ -64,7 +64,7 @@ def _line(number: str, judged: Mapping[str, Any]) -> dict[str, Any]:
     return told | {"seeds": judged["seeds"]}
 
 
-def text(result: Mapping[str, Any]) -> str:
+def show(result: Mapping[str, Any]) -> str:
     """The tables for a terminal: the paper's rows, ours with their spread, and the verdicts."""
     known = tables(tuple(result["scale"]["lengths"]))
     parts = []

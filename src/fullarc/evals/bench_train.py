@@ -8,6 +8,7 @@ because seconds drift. What each product of a step takes when it is computed alo
 nothing between, is the bound that a step is held against.
 """
 
+import argparse
 import statistics
 import time
 from collections import Counter
@@ -155,6 +156,11 @@ def _made(described: Any) -> Any:
     if values:
         return made.copy_(torch.tensor(values, dtype=dtype))
     return made.normal_() if dtype.is_floating_point else made.fill_(1)
+
+
+def measure(_: argparse.Namespace) -> dict[str, Any]:
+    """The area's result."""
+    return {"claims": claims()}
 
 
 def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[str, Any]]:
