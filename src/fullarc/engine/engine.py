@@ -17,7 +17,7 @@ from fullarc.engine.products import DTYPES
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Request, RequestError, Scheduler
 from fullarc.engine.weights import EngineWeights, prepare
-from fullarc.model import load_model
+from fullarc.model import GlmMoeDsa, load_model
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,15 @@ def load_weights(folder: str | Path, version: str = "0", dtype: str = "fp32") ->
             f"The engine does not compute in '{dtype}'.", f"Choose one of: {', '.join(DTYPES)}."
         )
     model = load_model(folder)
+    check_finite(model, str(folder))
+    return prepare(model, version, dtype)
+
+
+def check_finite(model: GlmMoeDsa, source: str) -> None:
+    """Raise FullarcError naming the first tensor from `source` with a value that is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise FullarcError(f"{folder}: {name} contains NaN or infinity.", "Use an earlier checkpoint.")
-    return prepare(model, version, dtype)
+            raise FullarcError(f"{source}: {name} contains NaN or infinity.", "Use an earlier checkpoint.")
 
 
 def same_shape(new: EngineWeights, old: EngineWeights) -> None:

@@ -123,7 +123,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[str, Request] = {}
         self.free = list(range(core.cache.slots))
-        self.paused = False
+        self.paused, self.admitting = False, True
         self.counters = Counters()
 
     @property
@@ -208,7 +208,7 @@ class Scheduler:
         """Send all running requests back to the queue's front; their latents are computed anew (after an update)."""
         for request in reversed(list(self.running.values())):
             self._release(request)
-            request.computed = 0
+            request.computed, request.hidden = 0, None
             for told in (request.input_logprobs, request.input_top_logprobs, request.input_ids_logprobs):
                 told.clear()
             self.waiting.appendleft(request)
@@ -227,7 +227,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """True when a step would do nothing."""
-        return self.paused or not (self.running or self.waiting)
+        return self.paused or not (self.running or (self.waiting and self.admitting))
 
     def step(self) -> None:
         """Admit, compute one batch, sample, and end what is done."""
@@ -257,7 +257,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting requests into free slots, each with the longest prefix the cache has."""
-        if not (self.free and self.waiting):
+        if not (self.free and self.waiting and self.admitting):
             return
         computing = {h for r in self.running.values() if r.computed < len(r.prompt) for h in r.chain}
         held: list[Request] = []

@@ -33,9 +33,12 @@ from fullarc.engine.api.completions import Completions
 from fullarc.engine.api.control import Control
 from fullarc.engine.api.guard import Endpoint, KeyCheck, answer, http_error, openapi
 from fullarc.engine.api.openai import Models
+from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
+from fullarc.engine.api.tito import Tito
 from fullarc.engine.api.updates import Updates
+from fullarc.engine.api.vllm import Vllm
 from fullarc.engine.engine import Engine
 from fullarc.engine.products import DTYPES
 
@@ -50,9 +53,9 @@ class Server:
         self, engine: Engine, model_path: str | Path, api_key: str | None = None, seed: int = 0
     ) -> None:
         self.service = Service(engine, model_path, seed=seed)
-        dialects = [
-            kind(self.service) for kind in (Sglang, Control, Updates, Models, Chat, Completions, Anthropic)
-        ]
+        updates = Updates(self.service)
+        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic)
+        dialects = [updates, Vllm(self.service, updates), *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(

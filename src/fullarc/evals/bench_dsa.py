@@ -45,7 +45,7 @@ def arithmetic(length: int, topk: int) -> float:
     return dense / (pairs * c.index_n_heads * c.index_head_dim + chosen)
 
 
-def measure(_: Ranks, length: int, topk: int, training: bool, threads: int) -> tuple[float, float]:
+def one_pass(_: Ranks, length: int, topk: int, training: bool, threads: int) -> tuple[float, float]:
     """Seconds of one pass, and the peak memory of this process in MB."""
     torch.set_num_threads(threads)
     model = GlmMoeDsa(ModelConfig(**SHAPE, index_topk=topk, max_position_embeddings=length)).init_weights(0)
@@ -74,7 +74,7 @@ def claims(
         name, peaks = ("training step" if training else "prefill"), []
         for length in lengths:
             sides = [
-                [launch(measure, 1, length, k, training, threads)[0] for k in (length, topk)]
+                [launch(one_pass, 1, length, k, training, threads)[0] for k in (length, topk)]
                 for _ in range(repeats)
             ]
             dense, sparse = (statistics.median(turn[side][0] for turn in sides) for side in (0, 1))

@@ -112,7 +112,7 @@ def quantize_checkpoint(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if "quantization_config" in config:
+    if is_quantized(folder):
         raise FullarcError(f"{folder} is quantised already.", "Start from the checkpoint it was made of.")
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
@@ -177,6 +177,18 @@ def load_model(
 def load_state(model: GlmMoeDsa, folder: Path) -> None:
     """Put the tensors of `folder` into `model` (which may be on the meta device). Strict; see `load_model`."""
     tensors, scales = decompress(read_tensors(folder))
+    fill_state(model, tensors, folder)
+    if scales:
+        _set_scales(model, scales, folder)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether config.json says that some matrices are stored as integers."""
+    return "quantization_config" in _read_config(folder)
+
+
+def fill_state(model: GlmMoeDsa, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put `tensors`, which have their on-disk names, into `model`; errors name `folder`. Empties `tensors`."""
     layers = model.config.num_hidden_layers
     state: dict[str, Tensor] = {}
     for name, current in model.state_dict().items():
@@ -196,8 +208,6 @@ def load_state(model: GlmMoeDsa, folder: Path) -> None:
     model.load_state_dict(state, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    if scales:
-        _set_scales(model, scales, folder)
 
 
 def _set_scales(model: GlmMoeDsa, scales: dict[str, Tensor], folder: Path) -> None:

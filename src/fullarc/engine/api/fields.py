@@ -99,7 +99,7 @@ class OpenAISampling(BaseModel):
         """The same in SGLang's names. Raises RequestError for a response format other than text."""
         if self.response_format is not None and self.response_format.get("type") != "text":
             raise RequestError("response_format: only text is supported.", "Ask for JSON in the prompt.")
-        named = {
+        named: dict[str, Any] = {
             "max_new_tokens": default_max if self.max_tokens is None else self.max_tokens,
             "min_new_tokens": self.min_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,

@@ -157,7 +157,11 @@ class Watch:
     def cancel(self) -> None:
         """End what still runs."""
         if not self.ended:
-            self.service.worker.call(lambda s: [s.cancel(request) for request in self.requests])
+            self.service.worker.call(self._end_all)
+
+    def _end_all(self, scheduler: Scheduler) -> None:
+        for request in self.requests:
+            scheduler.cancel(request)
 
 
 class EventStream(Response):

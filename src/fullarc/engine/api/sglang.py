@@ -1,10 +1,9 @@
-"""SGLang's generation routes: POST /generate, and what stands around it (tokenizer, scoring, embeddings).
+"""SGLang's POST /generate: sample from one or many prompts, or score them.
 
 A batch (several prompts, or n > 1) is answered by a list; streamed, by events that carry their `index`. Streamed events
 are cumulative. Text is decoded where the folder has a tokenizer, and is "" where it has none.
 """
 
-import math
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -194,19 +193,6 @@ def finish_reason(request: Request, ended: str, count: int) -> dict[str, Any] | 
     return None
 
 
-class ScoreBody(BaseModel):
-    """POST /v1/score: the log-probs of `label_token_ids` behind query + item, for each item."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    query: str | Ids
-    items: str | list[str] | list[Ids]
-    label_token_ids: AskedIds = Field(min_length=1)
-    apply_softmax: bool = False
-    item_first: bool = False
-    model: str | None = None
-
-
 class Sglang:
     """The handlers. `endpoints` lists them."""
 
@@ -215,10 +201,7 @@ class Sglang:
 
     def endpoints(self) -> list[Endpoint]:
         """The routes of this dialect."""
-        return [
-            Endpoint("/generate", self.generate, ("POST", "PUT"), GenerateBody),
-            Endpoint("/v1/score", self.score, body=ScoreBody),
-        ]
+        return [Endpoint("/generate", self.generate, ("POST", "PUT"), GenerateBody)]
 
     async def generate(self, http: HttpRequest) -> Response:
         """Sample from one or many prompts, or score them."""
@@ -230,35 +213,6 @@ class Sglang:
         await self.service.answer(http, plan.requests)
         answers = [tell() for tell in plan.tellers]
         return answer(answers if plan.batched else answers[0])
-
-    async def score(self, http: HttpRequest) -> Response:
-        """How likely are some tokens behind each item?"""
-        body = await read_body(http, ScoreBody)
-        encode = self._encode
-        items = [body.items] if isinstance(body.items, str) else body.items
-        query = encode(body.query)
-        prompts = [encode(item) + query if body.item_first else query + encode(item) for item in items]
-        wire = SamplingBody(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-        name = self.service.next_id("score")
-        if len(prompts) > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{len(prompts)} items do not fit the queue.")
-        requests = [
-            build(self.service, prompt, wire, [f"{name}-{n}"], logprob_ids=body.label_token_ids)[0]
-            for n, prompt in enumerate(prompts)
-        ]
-        if requests:
-            await self.service.answer(http, requests)
-        if any(request.finish == "abort" for request in requests):
-            raise RequestError("The scoring was aborted.", "Send it again.")
-        rows = [[math.exp(value) for value, _ in request.ids_logprobs[0]] for request in requests]
-        if body.apply_softmax:
-            rows = [[value / (sum(row) or 1.0) for value in row] for row in rows]
-        used = sum(map(len, prompts))
-        return answer({"object": "scoring", "scores": rows, "model": self.service.name,
-                       "usage": {"prompt_tokens": used, "total_tokens": used}})  # fmt: skip
-
-    def _encode(self, text: Any) -> list[int]:
-        return self.service.text.encode_raw(text) if isinstance(text, str) else list(text)
 
 
 async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:

@@ -1,66 +1,234 @@
-"""Weights while the engine runs: verified and fused beside the running ones, swapped between two steps.
+"""Weights while the engine runs, from a folder, a tensor stream or shared memory: put together beside the running ones
+(see `staging`), swapped between two steps.
+
+What becomes of running sequences is the update's `kv_policy`: "keep" (they go on with the latents they have, SGLang's
+in_place), "recompute" (their latents are computed anew under the new weights), "drop" (they end with "abort"). Cached
+prefixes of other weights are never used. `/begin_weight_update` … `/end_weight_update` make many parts one update.
 
 Invariants: an update that fails leaves the old weights in place; every token records the version that sampled it.
 """
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
-from fullarc.engine.engine import load_weights, same_shape
+from fullarc.engine.engine import same_shape
 from fullarc.engine.scheduler import Scheduler
+from fullarc.engine.staging import Staging, decode_tensors, read_shared_memory
+from fullarc.engine.weights import EngineWeights
+
+MAX_TENSOR_BODY = 2**31
+KvPolicy = Literal["keep", "recompute", "drop"]
+Version = Field(None, max_length=200)
 
 
-class UpdateBody(BaseModel):
-    """POST /update_weights_from_disk. `weight_version` defaults to one more than the present number."""
-
+class _UpdateBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    model_path: str
-    weight_version: str | None = None
+    weight_version: str | None = Version
+    kv_policy: KvPolicy = "keep"
+    # AReaL's spelling too
+    abort_all_requests: bool = Field(
+        False, validation_alias=AliasChoices("abort_all_requests", "abort_all_request")
+    )
+
+    @property
+    def policy(self) -> KvPolicy:
+        """`kv_policy`, or what SGLang's flag says."""
+        return "drop" if self.abort_all_requests else self.kv_policy
+
+
+class DiskBody(_UpdateBody):
+    """POST /update_weights_from_disk. `weight_version` defaults to one more than the present number."""
+
+    model_path: str = Field(max_length=4096)
+    manifest_sha256: str | None = None
+
+
+class TensorBody(_UpdateBody):
+    """POST /update_weights_from_tensor: base64 of safetensors, never a pickle."""
+
+    serialized_named_tensors: list[str] = Field(min_length=1)
+    load_format: str | None = None
+
+
+class SharedMemoryBody(_UpdateBody):
+    """POST /update_weights_from_ipc: the name of a shared-memory object that holds safetensors."""
+
+    shared_memory: str
+    sha256: str | None = None
+
+
+class VersionBody(BaseModel):
+    """POST /update_weight_version."""
+
+    model_config = ConfigDict(extra="ignore")
+    new_version: str = Field(max_length=200)
     abort_all_requests: bool = False
 
 
+class EndBody(_UpdateBody):
+    """POST /end_weight_update."""
+
+
+class NameBody(BaseModel):
+    """POST /get_weights_by_name."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str
+    truncate_size: int = Field(100, ge=1, le=100_000)
+
+
 class Updates:
-    """The handlers. `endpoints` lists them."""
+    """The handlers. `install` is what other dialects call."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self._lock = service, asyncio.Lock()
+        self.service, self.staging = (
+            service,
+            Staging(service.model_path, service.scheduler.core.weights.dtype),
+        )
+        self._lock = asyncio.Lock()
+        self._open: dict[str, Tensor] | None = None  # parts since /begin_weight_update
 
     def endpoints(self) -> list[Endpoint]:
         """The routes."""
-        return [Endpoint("/update_weights_from_disk", self.from_disk, body=UpdateBody)]
+        return [
+            Endpoint("/update_weights_from_disk", self.from_disk, body=DiskBody),
+            Endpoint("/update_weights_from_tensor", self.from_tensor, body=TensorBody),
+            Endpoint("/update_weights_from_ipc", self.from_shared_memory, body=SharedMemoryBody),
+            Endpoint("/begin_weight_update", self.begin),
+            Endpoint("/end_weight_update", self.end, body=EndBody),
+            Endpoint("/update_weight_version", self.rename, body=VersionBody),
+            Endpoint("/get_weights_by_name", self.by_name, ("GET", "POST"), NameBody),
+        ]
+
+    async def install(
+        self, load: Callable[[str], EngineWeights], version: str | None, policy: KvPolicy
+    ) -> dict[str, Any]:
+        """Run `load(version)` in a thread and swap its result in. Raises FullarcError; then nothing has changed."""
+        begin = time.monotonic()
+        async with self._lock:
+            old = self.service.scheduler.core.weights
+            if version is None:
+                version = str(int(old.version) + 1) if old.version.isdecimal() else "1"
+            weights = await asyncio.to_thread(load, version)
+            same_shape(weights, old)
+
+            def swap(scheduler: Scheduler) -> int:
+                if policy == "drop":
+                    scheduler.abort(None)
+                elif policy == "recompute":
+                    scheduler.retract()
+                running = len(scheduler.running)
+                scheduler.set_weights(weights)
+                return running
+
+            running = await self.service.on_engine(swap)
+            self.staging.commit()
+        message = f"Loaded weight version {version} in {time.monotonic() - begin:.3f} s."
+        return {
+            "success": True,
+            "message": message,
+            "weight_version": version,
+            "num_paused_requests": running,
+        }
+
+    async def load_folder(
+        self, folder: str, version: str | None, policy: KvPolicy, sha256: str | None = None
+    ) -> dict[str, Any]:
+        """Install a checkpoint folder."""
+        told = await self.install(
+            lambda name: self.staging.from_folder(folder, name, sha256), version, policy
+        )
+        self.service.model_path = folder
+        return told
 
     async def from_disk(self, http: HttpRequest) -> Response:
         """Load a checkpoint folder."""
-        body = await read_body(http, UpdateBody)
-        async with self._lock:
-            old = self.service.scheduler.core.weights
-            version = body.weight_version
-            if version is None:
-                version = str(int(old.version) + 1) if old.version.isdigit() else "1"
-            begin = time.monotonic()
+        body = await read_body(http, DiskBody)
+        return await self._tell(
+            self.load_folder(body.model_path, body.weight_version, body.policy, body.manifest_sha256)
+        )
+
+    async def from_tensor(self, http: HttpRequest) -> Response:
+        """Replace some or all tensors."""
+        body = await read_body(http, TensorBody, MAX_TENSOR_BODY)
+        if body.load_format not in (None, "", "safetensors"):
+            message = f"load_format {body.load_format[:50]!r} needs a pickle, and pickles are never read."
+            return answer({"success": False, "message": f"{message} Send base64 of safetensors."}, 400)
+        return await self._parts(lambda: decode_tensors(body.serialized_named_tensors), body)
+
+    async def from_shared_memory(self, http: HttpRequest) -> Response:
+        """Replace some or all tensors by those in shared memory."""
+        body = await read_body(http, SharedMemoryBody)
+        return await self._parts(lambda: read_shared_memory(body.shared_memory, body.sha256), body)
+
+    async def _parts(self, read: Callable[[], dict[str, Tensor]], body: _UpdateBody) -> Response:
+        if self._open is not None:
             try:
-                weights = await asyncio.to_thread(load_weights, body.model_path, version, old.dtype)
-                same_shape(weights, old)
+                self._open |= await asyncio.to_thread(read)
             except FullarcError as error:
                 return answer({"success": False, "message": str(error)}, 400)
+            return answer({"success": True, "message": "Kept for /end_weight_update."})
 
-            def swap(scheduler: Scheduler) -> int:
-                if body.abort_all_requests:
-                    scheduler.abort(None)
-                scheduler.set_weights(weights)
-                return len(scheduler.running)
+        def load(version: str) -> EngineWeights:
+            return self.staging.from_tensors(read(), version)
 
-            running = await self.service.on_engine(swap)
-            self.service.model_path = body.model_path
-        message = f"Loaded weight version {version} in {time.monotonic() - begin:.3f} s."
-        return answer(
-            {"success": True, "message": message, "weight_version": version, "num_paused_requests": running}
+        return await self._tell(self.install(load, body.weight_version, body.policy))
+
+    async def begin(self, _http: HttpRequest) -> Response:
+        """From now on parts are collected."""
+        self._open = {}
+        return answer({"success": True, "message": "Parts are collected until /end_weight_update."})
+
+    async def end(self, http: HttpRequest) -> Response:
+        """Install the collected parts as one update."""
+        body = await read_body(http, EndBody)
+        parts, self._open = self._open, None
+        if parts is None:
+            return answer({"success": False, "message": "There was no /begin_weight_update."}, 400)
+        return await self._tell(
+            self.install(
+                lambda version: self.staging.from_tensors(parts, version), body.weight_version, body.policy
+            )
         )
+
+    async def rename(self, http: HttpRequest) -> Response:
+        """Give the present weights another version."""
+        body = await read_body(http, VersionBody)
+        await self.service.on_engine(lambda s: _rename(s, body.new_version))
+        return answer({"success": True, "message": "Renamed.", "new_version": body.new_version})
+
+    async def by_name(self, http: HttpRequest) -> Response:
+        """The first numbers of a tensor, by its on-disk name."""
+        if http.method == "GET":
+            body = NameBody(name=http.query_params.get("name", ""))
+        else:
+            body = await read_body(http, NameBody)
+        values = await asyncio.to_thread(self.staging.values, body.name, body.truncate_size)
+        return answer(values)
+
+    async def _tell(self, update: Any) -> Response:
+        try:
+            return answer(await update)
+        except FullarcError as error:
+            return answer({"success": False, "message": str(error)}, 400)
+
+
+def _rename(scheduler: Scheduler, version: str) -> None:
+    """The same weights under another version; what is cached stays valid."""
+    old = scheduler.version
+    scheduler.core.weights = replace(scheduler.core.weights, version=version)
+    for request in scheduler.running.values():
+        if request.cache_version == old:
+            request.cache_version = version

@@ -1,0 +1,141 @@
+"""New weights beside the running ones: verified, merged, fused, and only then handed to the scheduler.
+
+Tensors that come in parts (a stream of buckets) are merged into a copy of the last complete weights under their on-disk
+names; the copy is made when the first part comes. No tensor that the engine reads is ever written to: parts replace.
+
+Only safetensors is read. A pickle is refused by its first byte: unpickling runs the sender's code.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from fullarc.config.errors import FullarcError
+from fullarc.config.files import MANIFEST
+from fullarc.engine.engine import check_finite, load_weights
+from fullarc.engine.weights import EngineWeights, prepare
+from fullarc.model import GlmMoeDsa, load_config
+from fullarc.model.checkpoint import fill_state, is_quantized, load_model, state_to_disk
+
+SHARED_MEMORY = Path("/dev/shm")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+
+
+class Staging:
+    """Where the next weights are put together. Not thread-safe: one update at a time.
+
+    What was put together becomes the base of the next parts when `commit` says that the engine runs it.
+    """
+
+    def __init__(self, folder: str, dtype: str = "fp32") -> None:
+        self.folder, self.dtype = folder, dtype
+        self._tensors: dict[str, Tensor] | None = None
+        self._next: tuple[str, dict[str, Tensor] | None] = folder, None
+
+    def commit(self) -> None:
+        """The engine runs what was put together last."""
+        self.folder, self._tensors = self._next
+
+    def from_folder(self, folder: str, version: str, manifest_sha256: str | None = None) -> EngineWeights:
+        """The weights of a checkpoint folder; its manifest's own hash must be `manifest_sha256` if that is given."""
+        if manifest_sha256 is not None:
+            manifest = Path(folder) / MANIFEST
+            found = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "absent"
+            if found != manifest_sha256.lower():
+                raise FullarcError(
+                    f"{folder}: the manifest's SHA-256 is {found}, not {manifest_sha256[:64]}.",
+                    "It is another checkpoint than the one meant.",
+                )
+        weights = load_weights(folder, version, self.dtype)
+        self._next = folder, None
+        return weights
+
+    def from_tensors(self, parts: dict[str, Tensor], version: str) -> EngineWeights:
+        """The present weights with `parts` in the place of the tensors of the same names.
+
+        Raises FullarcError for a name that the model has not, another shape, or values that are not finite.
+        """
+        if is_quantized(Path(self.folder)):
+            raise FullarcError(
+                "The engine runs a quantised checkpoint, whose tensors cannot be replaced one by one.",
+                "Update it from a folder.",
+            )
+        tensors = dict(self._tensors or self._copy())
+        for name, value in parts.items():
+            old = tensors.get(name)
+            if old is None:
+                raise FullarcError(
+                    f"The model has no tensor {name[:200]}.", "Send on-disk names of this model."
+                )
+            if value.shape != old.shape:
+                raise FullarcError(
+                    f"{name} has shape {tuple(value.shape)}, the engine runs {tuple(old.shape)}."
+                )
+            tensors[name] = value.to(old.dtype)
+        with torch.device("meta"):
+            model = GlmMoeDsa(load_config(Path(self.folder)))
+        fill_state(model, dict(tensors), Path("the update"))
+        check_finite(model, "the update")
+        weights = prepare(model.eval(), version, self.dtype)
+        self._next = self.folder, tensors
+        return weights
+
+    def values(self, name: str, count: int) -> list[float]:
+        """The first numbers of a tensor of the present weights, by its on-disk name. Raises FullarcError."""
+        tensors = self._tensors or self._copy()
+        if name not in tensors:
+            raise FullarcError(f"The model has no tensor {name[:200]}.", "Use on-disk names of this model.")
+        return tensors[name].flatten()[:count].float().tolist()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in state_to_disk(load_model(self.folder)).items()}
+
+
+def decode_tensors(encoded: list[str]) -> dict[str, Tensor]:
+    """Named tensors from base64 of safetensors. Raises FullarcError, also for pickles."""
+    tensors: dict[str, Tensor] = {}
+    for text in encoded:
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise FullarcError("serialized_named_tensors is not base64.", _HOW) from None
+        tensors |= read_safetensors(data)
+    return tensors
+
+
+def read_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Named tensors from the bytes of a safetensors file. Raises FullarcError, also for pickles."""
+    if data[:1] == b"\x80" and data[1:2] <= b"\x06":
+        raise FullarcError("This is a pickle, and pickles are never read.", _HOW)
+    try:
+        return load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FullarcError(f"This is not safetensors: {str(error)[:200]}.", _HOW) from None
+
+
+def read_shared_memory(name: str, sha256: str | None) -> dict[str, Tensor]:
+    """Named tensors from a POSIX shared-memory object that holds a safetensors file."""
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise FullarcError("shared_memory must be the name of a shared-memory object, without slashes.")
+    try:
+        data = (SHARED_MEMORY / name).read_bytes()
+    except OSError as error:
+        raise FullarcError(
+            f"Shared memory {name} cannot be read: {error.strerror}.", "Is it of this machine?"
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise FullarcError(
+            f"Shared memory {name} has SHA-256 {found}, not {sha256[:64]}.", "Write it whole first."
+        )
+    return read_safetensors(data)
+
+
+_HOW = "Send base64 of safetensors.torch.save({name: tensor})."
