@@ -121,8 +121,8 @@ class ModelConfig(BaseModel):
             "sliding_window must be set where attention_pattern has an S, and only there",
         )
         need(
-            not self.sliding_window or all(map(self.has_indexer, range(self.num_hidden_layers))),
-            "layers with a sliding_window cannot share another layer's indexer or be without one",
+            not self.sliding_window or self.index_topk_freq == 1 and "shared" not in types,
+            "layers with a sliding_window cannot share another layer's indexer",
         )
         return self
 
