@@ -18,7 +18,7 @@ from fullarc.data.pack import pack_concat
 from fullarc.evals.stats import mean
 from fullarc.model import GlmMoeDsa
 from fullarc.model.gqa import GQA
-from fullarc.model.mla import MLA
+from fullarc.model.mla import MLA, Visibility
 from fullarc.train import Batch, evaluate
 
 SORTS = ("needle", "multi_key", "multi_value")
@@ -96,9 +96,9 @@ def largest_logit(model: GlmMoeDsa, ids_BT: Tensor) -> float:
     """The largest scaled product of a query and an earlier-or-equal key, over layers, heads and rows."""
     largest: list[float] = []
 
-    def look(attention: MLA | GQA, args: tuple[Tensor, ...]) -> None:
+    def look(attention: MLA | GQA, args: tuple[Tensor, Visibility]) -> None:
         h_BTD, seen = args[:2]
-        q_BHTd, k_BHTd = _queries_and_keys(attention, h_BTD, seen.cos, seen.sin)  # type: ignore[attr-defined]
+        q_BHTd, k_BHTd = _queries_and_keys(attention, h_BTD, seen.cos, seen.sin)
         scores_BHTT = q_BHTd @ k_BHTd.mT * attention.scale
         future_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool).triu(1)
         largest.append(float(scores_BHTT.masked_fill(future_TT, -torch.inf).max()))

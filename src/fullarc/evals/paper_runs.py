@@ -215,7 +215,10 @@ class Lab:
             steps, loss = stage.indexer_steps, partial(indexer_warmup_loss, mtp_steps=0)
             lr = schedule(peak=stage.indexer_lr, final=stage.indexer_lr_end, total=steps, shape="cosine")
         rows = Rows(
-            self.rows(stage), stage.batch_rows, derive(seed, stage.type, warm_up), model.config.vocab_size
+            self.rows(stage),
+            stage.batch_rows,
+            derive(seed, type(stage).__name__.lower(), warm_up),
+            model.config.vocab_size,
         )
         kind: Any = optimizer or stage.optimizer
         settings = OptimSettings(

@@ -205,7 +205,7 @@ class GlmMoeDsa(nn.Module):
         h_BTD = self.embed_tokens(input_ids)
         kls, stats, index = [], [], None
         for layer in self.layers:
-            h_BTD, kl, layer_stats, index = layer(h_BTD, seen[layer.window], index)
+            h_BTD, kl, layer_stats, index = layer(h_BTD, seen[cast("DecoderLayer", layer).window], index)
             kls.append(kl)
             stats.append(layer_stats)
         return TrunkOutput(self.norm(h_BTD), *self._summary(kls, stats, h_BTD))

@@ -50,7 +50,7 @@ def start_with_induction(model: "GlmMoeDsa", generator: torch.Generator) -> None
             "A start with induction heads needs two layers, two heads and a kv_lora_rank of at least 3.",
             "Set stages.pretrain.induction = false.",
         )
-    first, second = (cast("DecoderLayer", layer).self_attn for layer in model.layers[:2])
+    first, second = (cast("MLA", cast("DecoderLayer", layer).self_attn) for layer in model.layers[:2])
 
     def directions(count: int) -> Tensor:
         """`count` orthonormal columns [D, count], clear of the constant coordinates."""
