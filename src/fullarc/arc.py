@@ -48,7 +48,16 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "report": ("fullarc.view.report:write",),
 }
 # settings that change how fast a step goes but not what comes out (several processes: up to the order of sums)
-NOT_RESULT = {"threads", "save_every", "log_every", "concurrency", "engines", "processes", "parallel"}
+NOT_RESULT = {
+    "threads",
+    "save_every",
+    "log_every",
+    "concurrency",
+    "engines",
+    "processes",
+    "parallel",
+    "checkpoint_activations",
+}
 IN_SANDBOX = {"midtrain", "sft", "reasoning_rl", "agentic_rl", "general_rl", "distil", "eval"}
 
 

@@ -1,6 +1,7 @@
-"""A model of a few thousand weights, and packed rows to feed it."""
+"""A model of a few thousand weights, and packed rows to feed it. Helpers of this room can be imported by name."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fullarc.config.files import atomic_dir
 from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa
 
+sys.path.insert(0, str(Path(__file__).parent))  # new processes look here too
 VOCAB, LENGTH = 64, 32
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ def load(ranks: Ranks, config: ModelConfig, folder: Path) -> tuple[Weights, Weig
     return arrays(trainer.model.state_dict()), arrays(trainer.optimizer.tensors())
 
 
-def phase(ranks: Ranks, rows: Path, out: Path, stop_at: int = 0) -> dict[str, float]:
+def phase(ranks: Ranks, rows: Path, out: Path, stop_at: int = 0, **changes: object) -> dict[str, float]:
     """A whole phase with checkpoints every two steps; with `stop_at` the first rank gives up after that step."""
     from test_checkpoint import tiny, tiny_phase
 
@@ -202,7 +203,7 @@ def phase(ranks: Ranks, rows: Path, out: Path, stop_at: int = 0) -> dict[str, fl
         if step == stop_at:
             raise FullarcError("Enough.")
 
-    return run_phase(tiny_phase(rows, steps=5), tiny, out, log=log, ranks=ranks)
+    return run_phase(replace(tiny_phase(rows, steps=5), **changes), tiny, out, log=log, ranks=ranks)
 
 
 def inputs(config: ModelConfig, rank: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import preset
+from fullarc.config.stages import Compute
 from fullarc.model import GlmMoeDsa, load_model
 from fullarc.train import (
     LmLoss,
@@ -60,10 +62,11 @@ def tiny_phase(rows, steps=9):
     )
 
 
-def train_and_die(rows, out):
-    """Run in a child: trains, and is killed from outside; `out` says when it may be."""
+def train_and_die(rows, out, **how):
+    """Run in a child: trains, and is killed from outside; what it prints says when it may be."""
     torch.set_num_threads(1)
-    run_phase(tiny_phase(rows), tiny, Path(out), log=lambda step, **_: print(step, flush=True))
+    phase = replace(tiny_phase(rows), compute=Compute(**how))
+    run_phase(phase, tiny, Path(out), log=lambda step, **_: print(step, flush=True))
 
 
 def same_bits(a, b):
@@ -71,10 +74,10 @@ def same_bits(a, b):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def kill_after(step, rows, out):
-    """Train in a child process and SIGKILL it once it has reported `step`."""
+def kill_after(step, rows, out, how=""):
+    """Train in a child process (computing as `how` says) and SIGKILL it once it has reported `step`."""
     code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-    code += f"from test_checkpoint import train_and_die; train_and_die({str(rows)!r}, {str(out)!r})"
+    code += f"from test_checkpoint import train_and_die; train_and_die({str(rows)!r}, {str(out)!r}, {how})"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env) as child:
         for line in child.stdout:

@@ -1,12 +1,9 @@
 """Chunked losses against torch's own on full logits, and the multi-token alignment against loops."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import peak_bytes
 
 from fullarc.train import LmLoss, Rows, evaluate, token_logprobs
 from fullarc.train.losses import cross_entropy_sum
@@ -58,40 +55,6 @@ def test_no_targets_is_zero_not_nan():
     total, _ = cross_entropy_sum(hidden[:0], weight, targets[:0])
     total.backward()
     assert total.item() == 0 and not weight.grad.any()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows every tensor storage that an operation returns until it is freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.seen = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.follow(tensor.untyped_storage())
-        return out
-
-    def follow(self, storage):
-        if storage._cdata in self.seen:
-            return
-        self.seen.add(storage._cdata)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-
-    def free(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
-
-
-def peak_bytes(run):
-    """Most bytes alive at once among what `run` allocates."""
-    with LiveBytes() as mode:
-        run()
-    return mode.peak
 
 
 @pytest.mark.parametrize("kind", ["logprobs", "cross_entropy"])

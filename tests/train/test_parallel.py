@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import rank_jobs as jobs
 import torch
 
 from fullarc.config.errors import FullarcError
@@ -18,9 +19,6 @@ from fullarc.train import load_checkpoint
 from fullarc.train.checkpoint import Shards
 from fullarc.train.parallel import ALONE, RankFailed, launch
 from fullarc.train.parallel.owners import share_out
-
-sys.path.insert(0, str(Path(__file__).parent))  # new processes look here too
-import rank_jobs as jobs
 
 SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 

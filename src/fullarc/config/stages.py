@@ -20,7 +20,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LMStage(Settings):
+class Compute(Settings):
+    """How a stage's passes are computed; the weights, their gradients and the optimizer are fp32 always."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Activations and products; router, indexer scores, norms, softmax and output layer stay fp32.",
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Keep only each layer's input and compute the rest again: less memory, same bits."
+    )
+
+
+class LMStage(Compute):
     """Next-token training: pre-training, mid-training, sparse attention and SFT share these."""
 
     steps: int = Field(100, ge=0, description="Optimizer steps.")
@@ -155,7 +167,7 @@ class SFT(LMStage):
     )
 
 
-class RLStage(Settings):
+class RLStage(Compute):
     """Group-relative RL through one loop: batch b is sampled with the weights of step max(0, b - eta)."""
 
     steps: int = Field(20, ge=0, description="Weight updates.")

@@ -33,8 +33,8 @@ AREAS = {
     "topk": "a forward pass against decoding, with and without a rule for ties",
     "paper": "the paper's ablation tables in miniature",
 }
-"""Each is a module `bench_AREA` with `measure(options)`, from its options to {"claims": […]} with "machine" where that is
-not this one, and where it needs them `options(parser)`, which adds its own, and `show(result)`, for a terminal."""
+"""Each is a module `bench_AREA` with `measure(options)`, from its options to {"claims": […]} with "machine" where that
+is not this one, and where it needs them `options(parser)`, which adds its own, and `show(result)`, for a terminal."""
 
 
 def _area(name: str) -> ModuleType:

@@ -5,7 +5,9 @@ a separate MTP layer for every step (DeepSeek-V3 section 2.2).
 
 Invariant: a position's output depends on earlier-or-equal positions of its own document only, through attention,
 the indexer's choice and MTP alike. Packing several documents in a row changes nothing in any of them.
-Shape suffixes: see ops.py; L = MoE layers.
+Products are in `compute_dtype`, of which the embedding makes the first activations and every matrix takes its input's.
+In the weights' dtype (fp32) whatever that is: the norms, RoPE, softmax, the router, the indexer's head weights and
+scores, the final states and the output layer. Shape suffixes: see ops.py; L = MoE layers.
 """
 
 from collections.abc import Iterable
@@ -14,6 +16,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.gqa import GQA
@@ -21,7 +24,7 @@ from fullarc.model.induction import start_with_induction
 from fullarc.model.mla import MLA, Index, Visibility, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
-from fullarc.model.quant import QuantScheme
+from fullarc.model.quant import Linear, QuantScheme
 
 OUTPUT_STD = 0.02
 
@@ -31,7 +34,7 @@ class TrunkOutput:
     """Result of the decoder layers.
 
     Attributes:
-        hidden_BTD: states after the final norm.
+        hidden_BTD: states after the final norm, in the dtype of the weights.
         index_kl: mean indexer KL over layers, None when it was off.
         router_load_LE: tokens per MoE layer and expert.
         aux_loss: mean sequence balance loss over MoE layers.
@@ -104,16 +107,25 @@ class MTPLayer(DecoderLayer):
         super().__init__(config)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def join(self, embedding: Tensor, h: Tensor) -> Tensor:
-        """eh_proj([enorm(embedding); hnorm(h)]), the embedding first."""
-        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), -1))
+        """eh_proj([enorm(embedding); hnorm(h)]), the embedding first, in its dtype."""
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h).to(embedding.dtype)), -1))
 
 
 class GlmMoeDsa(nn.Module):
-    """The network. `model(input_ids).logits` is [B, T, V]; the trainer uses `trunk` and `mtp` directly."""
+    """The network. `model(input_ids).logits` is [B, T, V]; the trainer uses `trunk` and `mtp` directly.
+
+    Attributes:
+        compute_dtype: dtype of activations and products; None: that of the weights.
+        checkpoint_activations: keep only the input of each layer for the backward pass, which computes the rest again;
+            to the bit the same gradients.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    checkpoint_activations = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +133,7 @@ class GlmMoeDsa(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp_layer = MTPLayer(config) if config.num_nextn_predict_layers else None
         self.mtp_later = nn.ModuleList(MTPLayer(config) for _ in range(1, config.num_nextn_predict_layers))
 
@@ -202,13 +214,15 @@ class GlmMoeDsa(nn.Module):
             window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
             for window in {self.config.window(layer) for layer in range(len(self.layers))}
         }
-        h_BTD = self.embed_tokens(input_ids)
+        h_BTD = self._embed(input_ids)
         kls, stats, index = [], [], None
         for layer in self.layers:
-            h_BTD, kl, layer_stats, index = layer(h_BTD, seen[cast("DecoderLayer", layer).window], index)
+            window = cast("DecoderLayer", layer).window
+            h_BTD, kl, layer_stats, index = self._apply_layer(layer, h_BTD, seen[window], index)
             kls.append(kl)
             stats.append(layer_stats)
-        return TrunkOutput(self.norm(h_BTD), *self._summary(kls, stats, h_BTD))
+        hidden_BTD = self.norm(h_BTD.to(self.norm.weight.dtype))
+        return TrunkOutput(hidden_BTD, *self._summary(kls, stats, hidden_BTD))
 
     def mtp(
         self,
@@ -230,13 +244,14 @@ class GlmMoeDsa(nn.Module):
         if not layers:
             raise ValueError("num_nextn_predict_layers is 0: this model has no MTP layer")
         seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
-        embedded = self.embed_tokens(input_ids)
+        embedded = self._embed(input_ids)
         h, outputs, kls, stats = hidden_BTD, [], [], []
         turns = [min(first + step, len(layers) - 1) for step in range(steps)]
         for step, turn in enumerate(turns):
             layer = layers[turn]
-            h, kl, layer_stats, _ = layer(layer.join(_shift(embedded, step + 1, doc_ids), h), seen)
-            h = layer.norm(h)
+            joined = layer.join(_shift(embedded, step + 1, doc_ids), h)
+            h, kl, layer_stats, _ = self._apply_layer(layer, joined, seen)
+            h = layer.norm(h.to(hidden_BTD.dtype))
             outputs.append(h)
             kls.append(kl)
             stats.append(layer_stats)
@@ -260,6 +275,17 @@ class GlmMoeDsa(nn.Module):
             router.e_score_correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
     # --- helpers --------------------
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        embedded = self.embed_tokens(input_ids)
+        return embedded.to(self.compute_dtype or embedded.dtype)
+
+    def _apply_layer(
+        self, layer: nn.Module, h_BTD: Tensor, seen: Visibility, index: Index | None = None
+    ) -> LayerOutput:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, h_BTD, seen, index, use_reentrant=False, preserve_rng_state=False)
+        return layer(h_BTD, seen, index)
 
     def _check(self, input_ids: Tensor, doc_ids: Tensor | None) -> None:
         if input_ids.ndim != 2:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fullarc.config.model import ModelConfig
 from fullarc.model.mla import Index, Visibility
 from fullarc.model.ops import apply_rope
+from fullarc.model.quant import Linear
 
 
 class GQA(nn.Module):
@@ -23,10 +24,10 @@ class GQA(nn.Module):
         super().__init__()
         d, self.heads, self.kv_heads = config.hidden_size, config.num_attention_heads, config.gqa_kv_heads
         self.nope, self.scale = config.qk_nope_head_dim, config.qk_head_dim**-0.5
-        self.q_proj = nn.Linear(d, self.heads * config.qk_head_dim, bias=False)
-        self.k_proj = nn.Linear(d, self.kv_heads * config.qk_head_dim, bias=False)
-        self.v_proj = nn.Linear(d, self.kv_heads * config.v_head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * config.v_head_dim, d, bias=False)
+        self.q_proj = Linear(d, self.heads * config.qk_head_dim)
+        self.k_proj = Linear(d, self.kv_heads * config.qk_head_dim)
+        self.v_proj = Linear(d, self.kv_heads * config.v_head_dim)
+        self.o_proj = Linear(self.heads * config.v_head_dim, d)
 
     def queries_and_keys(self, h_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys [B, H, T, N + R] of hidden states; a key head is repeated for all of its group."""

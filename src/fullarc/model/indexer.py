@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fullarc.config.model import ModelConfig
 from fullarc.model.ops import apply_rope, topk_mask
 from fullarc.model.pieces import Scratch, each, gather, lanes, spans
+from fullarc.model.quant import Linear
 
 TARGET_FLOOR = 1e-10
 FEW = 64  # queries that are scored at once
@@ -30,10 +31,10 @@ class Indexer(nn.Module):
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
         self.rope_dim, self.topk = config.qk_rope_head_dim, config.index_topk
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.dim, bias=False)
-        self.wk = nn.Linear(config.hidden_size, self.dim, bias=False)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.wk = Linear(config.hidden_size, self.dim)
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
 
     def queries(self, q_latent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Index queries [..., J, dim] from q-latents [..., Q]; RoPE on the first `rope_dim` dimensions."""
@@ -42,11 +43,11 @@ class Indexer(nn.Module):
 
     def keys(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Index keys [..., dim] from hidden states [..., D]."""
-        return self._rotate_first(self.k_norm(self.wk(h)), cos, sin)
+        return self._rotate_first(self.k_norm(self.wk(h).to(self.k_norm.weight.dtype)).to(h.dtype), cos, sin)
 
     def head_weights(self, h: Tensor) -> Tensor:
         """Head weights [..., J] in fp32."""
-        return F.linear(h.float(), self.weights_proj.weight.float()) * self.heads**-0.5
+        return self.weights_proj(h.float()) * self.heads**-0.5
 
     def _rotate_first(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotated = apply_rope(x[..., : self.rope_dim], cos, sin)

@@ -206,7 +206,7 @@ class MLA(nn.Module):
         self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(d, self.latent + self.rope)
         self.kv_a_layernorm = RMSNorm(self.latent, config.latent_norm_eps)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
         self.o_proj = Linear(self.heads * self.value, d)
         self.indexer = Indexer(config) if layer is None or config.has_indexer(layer) else None
         following = config.num_hidden_layers if layer is None else layer + 1
@@ -265,7 +265,7 @@ class MLA(nn.Module):
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, None
         keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
         stored_BTW = torch.cat((latent_BTC, k_rope_BTR), -1)
-        outs, kl, rows = [], h_BTD.new_zeros(()), h_BTD.new_zeros((), dtype=torch.long)
+        outs, kl, rows = [], h_BTD.new_zeros((), dtype=torch.float32), h_BTD.new_zeros((), dtype=torch.long)
         for chunk, *others in runs:
             if index is not None and self._gathers(index, seen, chunk):
                 run = [chunk, *others]
@@ -359,7 +359,9 @@ class MLA(nn.Module):
     @torch.no_grad()
     def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:
         """The main attention's probabilities [B, H, T, S] on `support`; rows without support are zero."""
-        logits = (q_BHTd @ k_BHSd.mT * self.scale).masked_fill(~support_BTS[:, None], -torch.inf)
+        exact = self.kv_b_proj.weight.dtype
+        logits = q_BHTd.to(exact) @ k_BHSd.to(exact).mT * self.scale
+        logits = logits.masked_fill(~support_BTS[:, None], -torch.inf)
         return logits.softmax(-1).nan_to_num(0.0)
 
     # --- absorbed form --------------------

@@ -84,7 +84,7 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Apply expert e to its own run of rows of `x`, which is sorted by expert; `ends` are the runs' ends."""
-        gate_up, down = self.used()
+        gate_up, down = (weight.to(x_MD.dtype) for weight in self.used())
         x_MD = rounded(x_MD, self.scales[0])
         gate_MF, up_MF = F.grouped_mm(x_MD, gate_up.mT, offs=ends_E).chunk(2, dim=-1)
         inner_MF = rounded((F.silu(gate_MF) * up_MF).contiguous(), self.scales[1])
@@ -92,7 +92,7 @@ class Experts(nn.Module):
 
     def dense(self, x_MD: Tensor) -> Tensor:
         """Every expert on every row: [E, M, D]. Row-invariant; the engine's choice for small expert counts."""
-        gate_up, down = self.used()
+        gate_up, down = (weight.to(x_MD.dtype) for weight in self.used())
         gate, up = torch.bmm(x_MD.expand(len(gate_up), -1, -1), gate_up.mT).chunk(2, dim=-1)
         return torch.bmm(F.silu(gate) * up, down.mT)
 

@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        return (F.rms_norm(x.float(), (x.shape[-1],), None, self.eps) * self.weight).to(x.dtype)
 
 
 def rope_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the interleaved pairs (0,1), (2,3), … of the last dimension of `x`.
 
     `cos` and `sin` end in [dim / 2] and broadcast against x's leading dimensions. The result holds all first
-    members, then all second ones: queries and keys are permuted alike, so their products are unchanged.
+    members, then all second ones: queries and keys are permuted alike, so their products are unchanged. Computed in
+    fp32, returned in the dtype of `x`.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
 
 
 def sort_keys(scores: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def fake_quantize(weight: Tensor, scheme: QuantScheme | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A product without bias whose weight is stored as it is and used as `scheme` says.
+    """A product without bias, in the dtype of its input; the weight is stored as it is and used as `scheme` says.
 
     `scale` [O, 1] is set where a checkpoint's product is one of integers: the weight is then scale times integers, and
     inputs are rounded to 8 bits, token by token.
@@ -130,7 +130,7 @@ class Linear(nn.Linear):
         return fake_quantize(self.weight, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(rounded(x, self.scale), self.used())
+        return F.linear(rounded(x, self.scale), self.used().to(x.dtype))
 
 
 def rounded(x: Tensor, scale: Tensor | None) -> Tensor:

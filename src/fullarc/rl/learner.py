@@ -20,7 +20,7 @@ from fullarc.rl.advantages import group_normalised, mean_centred
 from fullarc.rl.batch import ROW_TOKENS, PackedRows, minibatches, pack
 from fullarc.rl.groups import Trained
 from fullarc.rl.losses import PolicyLoss, TokenStats, direct_double_sided, icepop_grpo, opd
-from fullarc.train import LossSum, OptimSettings, Trainer, schedule, token_logprobs, trained
+from fullarc.train import LossSum, OptimSettings, Trainer, prepare, schedule, token_logprobs, trained
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Learner:
         self.objective = OBJECTIVES[getattr(settings, "type", "reasoning_rl")]
         self._stats_lock = Lock()
         self.trainer = Trainer(
-            model,
+            prepare(model, settings),
             OptimSettings(
                 kind=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.grad_clip
             ),

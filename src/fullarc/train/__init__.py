@@ -1,6 +1,7 @@
 """From packed rows to weights: one trainer, Muon Split, chunked losses, resumable checkpoints, the stages."""
 
 from fullarc.train.checkpoint import Steps, latest, load_checkpoint, save_checkpoint
+from fullarc.train.compute import prepare
 from fullarc.train.losses import LmLoss, LossSum, evaluate, token_logprobs
 from fullarc.train.optim import Optimizer, OptimSettings
 from fullarc.train.rows import Batch, Rows
@@ -23,6 +24,7 @@ __all__ = [
     "latest",
     "learning_rate",
     "load_checkpoint",
+    "prepare",
     "run_dsa",
     "run_midtrain",
     "run_phase",

@@ -18,9 +18,10 @@ from fullarc.config.context import StageContext, silent
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import is_complete
 from fullarc.config.seeds import derive
-from fullarc.config.stages import DSA, LMStage, Parallel
+from fullarc.config.stages import DSA, Compute, LMStage, Parallel
 from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
+from fullarc.train.compute import prepare
 from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
 from fullarc.train.optim import OptimSettings
 from fullarc.train.parallel.ranks import ALONE, Ranks
@@ -45,6 +46,7 @@ class Phase:
         save_every, log_every: in steps.
         workers: forward passes computed at once.
         parallel: what several processes divide beside the batch: optimizer state, or weights and gradients too.
+        compute: in which precision, and what is kept for the backward pass.
         seed: seed of the order of the rows.
     """
 
@@ -63,6 +65,7 @@ class Phase:
     held: int = 0
     workers: int = 1
     parallel: Parallel = "zero1"
+    compute: Compute = Compute()
 
 
 def run_phase(
@@ -93,7 +96,7 @@ def run_phase(
         if ranks.first:
             saved.clear()
         return dict(saved_data_state(out)["metrics"])
-    model = start()
+    model = prepare(start(), phase.compute)
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
     trainer = _trainer(phase, model, ranks)
     metrics: dict[str, float] = {}
@@ -315,6 +318,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         held=HELD_ROWS if isinstance(stage, DSA) else 0,
         workers=stage.threads or ctx.recipe.threads,
         parallel=stage.parallel,
+        compute=stage,
     )
 
 
