@@ -247,7 +247,7 @@ def test_what_rounds_its_inputs_is_stored_and_loaded_so(
     x = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     for linear in (attention.q_a_proj, moe.shared_experts.gate_proj):
         assert torch.equal(linear(x), rounded(x) @ linear.weight.T)
-    assert isinstance(attention.kv_b_proj, torch.nn.Linear) and not hasattr(attention.kv_b_proj, "scale")
+    assert isinstance(attention.kv_b_proj, torch.nn.Linear) and attention.kv_b_proj.scale is None
     gate, up, down = (
         torch.tensor(plain[f"model.layers.1.mlp.experts.2.{part}_proj.weight"])
         for part in ("gate", "up", "down")
