@@ -9,6 +9,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.model import GlmMoeDsa
 from fullarc.train import Batch, LmLoss, LossSum, NonFinite, OptimSettings, Rows, Trainer, trained
 from fullarc.train.losses import indexer_warmup_loss
+from fullarc.train.trainer import load_statistics
 
 DENSE = trained(indexer=False, mtp=True)
 LOSS = LmLoss(mtp_steps=2)
@@ -182,3 +183,22 @@ def test_workers_change_nothing(config, make_rows):
             trainer.step(batch, LOSS)
         states.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*[s.values() for s in states], strict=True))
+
+
+def test_load_statistics_by_hand(config):
+    load = torch.tensor([[4.0, 4, 4, 4], [0, 0, 12, 4]])
+    assert load_statistics(load, config) == {
+        "expert_load": 3.0, "expert_load/layer_1": 1.0, "expert_load/mtp": 3.0, "dead_experts": 2.0,
+    }  # fmt: skip
+    assert load_statistics(load[:1], config).keys() == {"expert_load", "dead_experts", "expert_load/layer_1"}
+    assert load_statistics(torch.zeros(0, 0), config) == {}
+
+
+def test_a_step_tells_the_load_of_every_layer_over_all_micro_batches(model, make_rows):
+    batch = Rows(make_rows(), 4, 0).next()
+    load = sum(LOSS(model, part).router_load_LE for part in batch.split(2))
+    metrics = make_trainer(model).step(batch.split(2), LOSS)
+    for name, load_E in zip(("layer_1", "mtp"), load, strict=True):
+        assert metrics[f"expert_load/{name}"] == pytest.approx(float(load_E.max() / load_E.mean()))
+    assert metrics["expert_load"] == max(metrics["expert_load/layer_1"], metrics["expert_load/mtp"])
+    assert metrics["dead_experts"] == float((load == 0).sum())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fullarc.config.errors import FullarcError
+from fullarc.config.model import ModelConfig
 from fullarc.train.losses import LossSum
 from fullarc.train.optim import Optimizer, OptimSettings
 from fullarc.train.parallel.owners import ShardedOptimizer
@@ -134,7 +135,7 @@ class Trainer:
         self.step_number += 1
         metrics = sums.means()
         if sums.load_LE is not None:
-            metrics["expert_load"] = _imbalance(sums.load_LE)
+            metrics |= load_statistics(sums.load_LE, self.model.config)
         seconds = time.perf_counter() - started
         return {**metrics, "lr": lr, "grad_norm": norm, "count": sums.count, "seconds": seconds}
 
@@ -217,6 +218,18 @@ class Trainer:
         self.step_number = int(values["step"])
 
 
-def _imbalance(load_LE: Tensor) -> float:
-    """Largest max/mean load over the MoE layers; 1 = perfectly balanced."""
-    return float((load_LE.amax(-1) / load_LE.mean(-1).clamp_min(1e-9)).max())
+def load_statistics(load_LE: Tensor, config: ModelConfig) -> dict[str, float]:
+    """How evenly a step's tokens went to the experts.
+
+    Returns:
+        `expert_load/layer_<number>` and `expert_load/mtp`: load of the fullest expert of each MoE layer over the mean,
+        1 = perfectly balanced; `expert_load`: that of the worst layer; `dead_experts`: experts of all layers that got
+        no token. Nothing where there are none.
+    """
+    if not load_LE.numel():
+        return {}
+    fullest = (load_LE.amax(-1) / load_LE.mean(-1).clamp_min(1e-9)).tolist()
+    names = [f"layer_{number}" for number in range(config.first_k_dense_replace, config.num_hidden_layers)]
+    layers = {f"expert_load/{name}": load for name, load in zip([*names, "mtp"], fullest, strict=False)}
+    dead = float((load_LE == 0).sum())
+    return {"expert_load": max(fullest), "dead_experts": dead, **layers}

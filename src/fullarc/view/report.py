@@ -20,6 +20,7 @@ CURVE_NAMES = {
     "index_kl": "Indexer KL (nats)",
     "count": "Trained tokens per step",
     "expert_load": "Load of the fullest expert",
+    "dead_experts": "Experts without a token",
     "grad_norm": "Gradient norm",
     "lr": "Learning rate",
     "tokens_per_s": "Tokens per second",
