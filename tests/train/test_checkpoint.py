@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +31,7 @@ from fullarc.train import (
     schedule,
     trained,
 )
+from fullarc.train.checkpoint import saved_data_state
 
 LOSS = LmLoss(mtp_steps=1)
 
@@ -107,6 +109,31 @@ def test_killed_and_resumed_ends_with_the_same_bits(make_rows, tmp_path):
     assert not (tmp_path / "killed.steps").exists()
     moments = [load_file(tmp_path / n / "trainer" / "optimizer.safetensors") for n in ("straight", "killed")]
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+def test_killed_while_the_batch_grows_ends_with_the_same_bits(make_rows, tmp_path):
+    """Steps 0-3 have two rows, 4-7 four, the last two six."""
+    rows, counts = make_rows(n=10, loss=np.ones((10, 32), np.uint8)), []
+    phase = replace(tiny_phase(rows, 10), batch_rows=6, batch_start=2, batch_warmup=8, save_every=3)
+    phase = replace(phase, loss=LmLoss(), trainable=trained(indexer=False, mtp=False))
+    run_phase(phase, tiny, tmp_path / "straight", log=lambda step, **told: counts.append(told["count"]))
+    stream, expected = Rows(rows, 6, 5), []
+    for size in [2] * 4 + [4] * 4 + [6] * 2:
+        expected.append(float(stream.next(size).targets(1)[1].sum()))
+    assert counts == expected
+    assert saved_data_state(tmp_path / "straight")["rows"] == stream.state(), "each row once, none left out"
+
+    def killed(step, **_):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_phase(phase, tiny, tmp_path / "killed", log=killed)
+    assert latest(tmp_path / "killed.steps").name == "step-00000003"
+    run_phase(phase, tiny, tmp_path / "killed")
+    assert same_bits(tmp_path / "straight", tmp_path / "killed")
+    run_phase(replace(phase, batch_warmup=0), tiny, tmp_path / "constant")
+    assert not same_bits(tmp_path / "straight", tmp_path / "constant")
 
 
 def test_a_finished_phase_is_not_trained_again(make_rows, tmp_path):

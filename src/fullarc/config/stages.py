@@ -38,8 +38,16 @@ class LMStage(Compute):
     steps: int = Field(100, ge=0, description="Optimizer steps.")
     seq_len: int = Field(256, ge=8, description="Row length T in tokens.")
     batch_tokens: int = Field(4096, ge=8, description="Tokens per optimizer step; a multiple of seq_len.")
+    batch_warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps over which the batch grows from batch_start_tokens to batch_tokens; 0 = none.",
+    )
+    batch_start_tokens: int = Field(
+        0, ge=0, description="Tokens of the first step of a batch warm-up, which grows in multiples of them."
+    )
     micro_batch_rows: int = Field(
-        0, ge=0, description="Rows per forward pass; 0 = half of the batch, or a share each."
+        0, ge=0, description="Rows per forward pass; 0 = half of the (first) batch, or a share each."
     )
     optimizer: Literal["muon_split", "muon", "adamw"] = Field(
         "muon_split",
@@ -90,6 +98,19 @@ class LMStage(Compute):
         if self.micro_batch_rows and self.batch_rows % self.micro_batch_rows:
             raise ValueError(
                 f"micro_batch_rows {self.micro_batch_rows} does not divide the {self.batch_rows} rows"
+            )
+        start = self.batch_start_tokens
+        if bool(start) != bool(self.batch_warmup_steps):
+            raise ValueError("batch_start_tokens and batch_warmup_steps need each other")
+        if start and (start % self.seq_len or self.batch_tokens % start):
+            raise ValueError(
+                f"batch_start_tokens {start} is not a multiple of seq_len {self.seq_len} that divides batch_tokens "
+                f"{self.batch_tokens}"
+            )
+        if start and self.micro_batch_rows and start // self.seq_len % self.micro_batch_rows:
+            raise ValueError(
+                f"micro_batch_rows {self.micro_batch_rows} does not divide the {start // self.seq_len} rows of the "
+                "first batch"
             )
         return self
 

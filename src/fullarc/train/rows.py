@@ -5,8 +5,8 @@ A rows folder holds `ids.npy` uint16 [N, T], `loss.npy` uint8 [N, T] (1 = this t
 of the row that this token's one continues, 0 = none) and `meta.json`. The files are memory-mapped; a batch has a
 fixed shape.
 
-Invariant: the k-th batch is a pure function of (folder, batch, seed, k). Each epoch visits every row once in
-the order of a permutation drawn from `derive(seed, "rows", epoch)`; a batch may span two epochs. The whole
+Invariant: the k-th batch is a pure function of (folder, sizes of the batches so far, seed). Each epoch visits every row
+once in the order of a permutation drawn from `derive(seed, "rows", epoch)`; a batch may span two epochs. The whole
 position is `(epoch, cursor)`.
 """
 
@@ -147,14 +147,15 @@ class Rows:
         shuffle = np.random.Generator(np.random.PCG64(derive(self.seed, "rows", epoch))).permutation
         return self._stream[shuffle(len(self))]
 
-    def next(self) -> Batch:
-        """The next batch; moves the position."""
+    def next(self, batch: int | None = None) -> Batch:
+        """The next batch (of `batch` rows, if it is not as large as all); moves the position."""
+        size = batch or self.batch
         picked: list[int] = []
-        while len(picked) < self.batch:
+        while len(picked) < size:
             if self.cursor == len(self):
                 self.epoch, self.cursor = self.epoch + 1, 0
                 self._order = self._permutation(self.epoch)
-            take = self._order[self.cursor : self.cursor + self.batch - len(picked)]
+            take = self._order[self.cursor : self.cursor + size - len(picked)]
             picked.extend(int(i) for i in take)
             self.cursor += len(take)
         return self.at(picked)

@@ -1,7 +1,8 @@
 """Learning rates as pure functions of the step number, so that resuming needs no schedule state.
 
 GLM-5: linear warm-up then cosine in pre-training, linear in mid-training, 5e-3 -> 2e-4 for the indexer's
-warm-up, constant in sparse adaptation (spec/glm5.md 4.1).
+warm-up, constant in sparse adaptation (Appendix A); the batch grows over the first tokens of pre-training, as GLM-4.5's
+(16M to 64M tokens over 500B).
 """
 
 import math
@@ -27,6 +28,17 @@ def learning_rate(step: int, *, peak: float, final: float, warmup: int, total: i
     done = min((step - start) / max(total - 1 - start, 1), 1.0)
     weight = 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return final + (peak - final) * weight
+
+
+def batch_size(step: int, *, start: int, full: int, warmup: int) -> int:
+    """Rows in the batch of step `step` (0-based): from `start` up to `full` over the first `warmup` steps.
+
+    Grows linearly, rounded down to a multiple of `start`, so that whatever divides the first batch (passes of one
+    shape, processes with equal shares) divides all; from step `warmup` on it is `full`.
+    """
+    if step >= warmup:
+        return full
+    return (start + (full - start) * step // warmup) // start * start
 
 
 def schedule(

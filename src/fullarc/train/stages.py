@@ -27,7 +27,7 @@ from fullarc.train.optim import OptimSettings
 from fullarc.train.parallel.ranks import ALONE, Ranks
 from fullarc.train.parallel.stage import in_processes
 from fullarc.train.rows import Rows
-from fullarc.train.schedule import schedule
+from fullarc.train.schedule import batch_size, schedule
 from fullarc.train.trainer import LossFn, Trainer, trained
 
 HELD_ROWS = 4
@@ -41,6 +41,7 @@ class Phase:
         steps: optimizer steps.
         rows: packed rows folder; `held` of its rows are never trained on.
         batch_rows, micro_rows: rows per step and per forward pass.
+        batch_start, batch_warmup: rows of the first step, and in how many steps it grows to `batch_rows`.
         lr: learning rate of each step.
         trainable: which parameter names move.
         save_every, log_every: in steps.
@@ -58,6 +59,8 @@ class Phase:
     lr: Callable[[int], float]
     trainable: Callable[[str], bool]
     loss: LossFn
+    batch_start: int = 0
+    batch_warmup: int = 0
     router_bias_rate: float = 0.0
     save_every: int = 50
     log_every: int = 10
@@ -70,7 +73,7 @@ class Phase:
 
 def run_phase(
     phase: Phase,
-    start: Callable[[], GlmMoeDsa],
+    begin: Callable[[], GlmMoeDsa],
     out: Path,
     *,
     tokenizer_dir: Path | None = None,
@@ -78,7 +81,7 @@ def run_phase(
     event: Callable[..., None] = lambda *_, **__: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Train the model that `start()` gives and leave it as the checkpoint `out`; returns the last logged
+    """Train the model that `begin()` gives and leave it as the checkpoint `out`; returns the last logged
     metrics.
 
     Continues from the newest complete checkpoint under `<out>.steps`; does nothing when `out` is complete.
@@ -96,8 +99,14 @@ def run_phase(
         if ranks.first:
             saved.clear()
         return dict(saved_data_state(out)["metrics"])
-    model = prepare(start(), phase.compute)
+    model = prepare(begin(), phase.compute)
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
+    if rows.length > model.config.max_position_embeddings:
+        raise FullarcError(
+            f"{phase.rows}: rows of {rows.length} tokens exceed the model's max_position_embeddings "
+            f"{model.config.max_position_embeddings}.",
+            "Pack shorter rows, or start from a model with more positions.",
+        )
     trainer = _trainer(phase, model, ranks)
     metrics: dict[str, float] = {}
     newest = saved.latest()
@@ -106,9 +115,11 @@ def run_phase(
         rows.load_state(data_state["rows"])
         metrics = data_state["metrics"]
         event("resumed", step=trainer.step_number, path=str(newest))
-    window = Window(phase.batch_rows * rows.length)
+    start, full, warmup = phase.batch_start, phase.batch_rows, phase.batch_warmup
+    window = Window()
     while trainer.step_number < phase.steps:
-        window.add(trainer.step(rows.next().split(phase.micro_rows), phase.loss))
+        batch = rows.next(batch_size(trainer.step_number, start=start, full=full, warmup=warmup))
+        window.add(trainer.step(batch.split(phase.micro_rows), phase.loss), batch.ids_BT.numel())
         done = trainer.step_number
         if done % phase.log_every == 0 or done in (1, phase.steps):
             metrics = window.means()
@@ -133,13 +144,14 @@ def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
 class Window:
     """Means of step metrics since the last look, and tokens per second."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens = tokens_per_step
+    def __init__(self) -> None:
+        self.tokens = 0
         self._steps: list[dict[str, float]] = []
 
-    def add(self, metrics: dict[str, float]) -> None:
-        """Take in one step."""
+    def add(self, metrics: dict[str, float], tokens: int) -> None:
+        """Take in one step and how many tokens it read."""
         self._steps.append(metrics)
+        self.tokens += tokens
 
     def means(self) -> dict[str, float]:
         """Means over the steps added since the last call; `lr` is the newest."""
@@ -148,9 +160,9 @@ class Window:
             for name, value in step.items():
                 sums[name].append(value)
         out = {name: sum(values) / len(values) for name, values in sums.items() if name != "seconds"}
-        out["tokens_per_s"] = self.tokens * len(self._steps) / max(sum(sums["seconds"]), 1e-9)
+        out["tokens_per_s"] = self.tokens / max(sum(sums["seconds"]), 1e-9)
         out["lr"] = self._steps[-1]["lr"]
-        self._steps = []
+        self._steps, self.tokens = [], 0
         return out
 
 
@@ -213,6 +225,7 @@ def run_dsa(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
         ),
         trainable=trained(indexer=True, mtp=bool(stage.mtp_steps), trunk=False),
         loss=partial(indexer_warmup_loss, mtp_steps=stage.mtp_steps),
+        batch_warmup=0,
         router_bias_rate=0.0,
         seed=derive(ctx.seed, ctx.name, "warmup"),
     )
@@ -295,11 +308,14 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         z_weight=stage.z_loss,
         index_weight=stage.indexer_weight,
     )
+    first_rows = stage.batch_start_tokens // stage.seq_len if stage.batch_warmup_steps else stage.batch_rows
     return Phase(
         steps=steps,
         rows=rows,
         batch_rows=stage.batch_rows,
-        micro_rows=stage.micro_batch_rows or max(1, stage.batch_rows // max(2, stage.processes)),
+        micro_rows=stage.micro_batch_rows or max(1, first_rows // max(2, stage.processes)),
+        batch_start=first_rows,
+        batch_warmup=stage.batch_warmup_steps,
         optim=OptimSettings(
             kind=stage.optimizer,
             weight_decay=stage.weight_decay,
