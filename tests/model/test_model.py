@@ -1,5 +1,6 @@
 """Properties of the network that no other implementation can vouch for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -342,10 +343,55 @@ def test_impossible_input_is_named() -> None:
         net(torch.tensor([[97]]))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         net(torch.zeros(1, 257, dtype=torch.long))
-    with pytest.raises(FullarcError, match="qk_rope_head_dim must be even"):
-        preset("2m", qk_rope_head_dim=15)
     with pytest.raises(FullarcError, match="no model size"):
         preset("3m")
+    ids, hidden = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, net.config.hidden_size)
+    for call, message in [
+        (lambda: net(ids[0]), r"input_ids must be integers \[batch, time\], got torch.int64 \(8,\)"),
+        (lambda: net(ids.float()), r"input_ids must be integers .* got torch.float32"),
+        (lambda: net(ids, ids[:, 1:]), r"doc_ids \(2, 7\) must have the shape of input_ids \(2, 8\)"),
+        (lambda: net(ids, ids, ids[:1]), r"parent_ids \(1, 8\) must have the shape of input_ids"),
+        (lambda: net(ids, None, ids), "parent_ids need doc_ids"),
+        (lambda: net.trunk(ids, indexer_loss="all"), "indexer_loss must be .* got 'all'"),
+        (lambda: net.mtp(hidden[:, 1:], ids), r"hidden_BTD \(2, 7, 64\) does not belong to input_ids"),
+        (lambda: net.mtp(hidden, ids - 1), "outside 0..96"),
+        (lambda: model(num_nextn_predict_layers=0).mtp(hidden, ids), "num_nextn_predict_layers is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim must be even"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_attention_heads": -1}, "num_attention_heads"),
+        ({"index_topk": 0}, "index_topk"),
+        ({"index_head_dim": 8}, "index_head_dim must be at least qk_rope_head_dim"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok exceeds n_routed_experts"),
+        ({"n_group": 3}, "n_routed_experts must be a multiple of n_group"),
+        ({"n_group": 4, "topk_group": 5}, "topk_group exceeds n_group"),
+        ({"n_group": 8, "num_experts_per_tok": 2}, "num_experts_per_tok exceeds the experts of topk_group"),
+        ({"first_k_dense_replace": 5}, "first_k_dense_replace exceeds num_hidden_layers"),
+        ({"indexer_types": ("full",)}, "indexer_types must name every one"),
+        ({"indexer_types": ("shared",) * 4}, "indexer_types must begin with full"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+    ],
+)
+def test_sizes_that_cannot_be_name_their_field(wrong: dict, message: str, tmp_path: Path) -> None:
+    """From a recipe or a call, and from a checkpoint's config.json."""
+    with pytest.raises(FullarcError, match=message):
+        preset("2m", **wrong)
+    save_model(model(), tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    content = json.loads((tmp_path / "m" / "config.json").read_text())
+    eight = {"n_routed_experts": 8, "num_hidden_layers": 4}
+    rope = {"rope_parameters": {"rope_type": "default"} | wrong}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(content | eight | rope | wrong))
+    with pytest.raises(FullarcError, match=f"config.json: .*{message}"):
+        load_model(tmp_path / "m")
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_errors_name_the_parameter():
     parameters, optimizer = make_pair()
     with pytest.raises(FullarcError, match=r"q_b_proj.weight .* no gradient"):
         optimizer.step(0.1)
-    with pytest.raises(FullarcError, match=r"no momentum .* q_b_proj.weight"):
+    with pytest.raises(FullarcError, match=r"momentum.*q_b_proj.weight is missing"):
         optimizer.load_tensors({})
     with pytest.raises(FullarcError, match="too many, first other"):
         optimizer.load_tensors(optimizer.tensors() | {"other": torch.zeros(1)})

@@ -9,7 +9,7 @@ Source: GLM-5 paper, Table 10 and the released configuration.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fullarc.config.errors import FullarcError
 
@@ -234,8 +234,8 @@ class ModelConfig(BaseModel):
             values["indexer_types"] = tuple(kinds.get(kind, kind) for kind in config["index_topk_pattern"])
         try:
             return cls(**values)
-        except ValueError as error:
-            raise FullarcError(f"config.json: {error}") from None
+        except ValidationError as error:
+            raise FullarcError(f"config.json: {_reason(error)}.", "Use another checkpoint.") from None
 
 
 _LAPTOP = dict(
@@ -282,5 +282,12 @@ def preset(size: str, **overrides: Any) -> ModelConfig:
         raise FullarcError(f"There is no model size {size!r}.", f"Sizes are: {', '.join(SIZES)}.")
     try:
         return ModelConfig(**(SIZES[size] | overrides))
-    except ValueError as error:
-        raise FullarcError(f"model: {error}") from None
+    except ValidationError as error:
+        raise FullarcError(f"model: {_reason(error)}.") from None
+
+
+def _reason(error: ValidationError) -> str:
+    """The first thing that is wrong, with its field."""
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{'.'.join(map(str, first['loc']))}: {reason}" if first["loc"] else reason

@@ -209,7 +209,7 @@ class GlmMoeDsa(nn.Module):
                 Several continuations of one prefix are computed exactly as if each carried its own copy of it.
             indexer_loss: "off", "dense" (warm-up: attention stays dense) or "sparse".
         """
-        self._check(input_ids, doc_ids)
+        self._check(input_ids, doc_ids, parent_ids)
         seen = {
             window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
             for window in {self.config.window(layer) for layer in range(len(self.layers))}
@@ -243,6 +243,11 @@ class GlmMoeDsa(nn.Module):
         layers = self.mtp_layers
         if not layers:
             raise ValueError("num_nextn_predict_layers is 0: this model has no MTP layer")
+        self._check(input_ids, doc_ids, parent_ids)
+        if hidden_BTD.shape != (*input_ids.shape, self.config.hidden_size):
+            raise ValueError(
+                f"hidden_BTD {tuple(hidden_BTD.shape)} does not belong to input_ids {tuple(input_ids.shape)}"
+            )
         seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
         embedded = self._embed(input_ids)
         h, outputs, kls, stats = hidden_BTD, [], [], []
@@ -287,13 +292,18 @@ class GlmMoeDsa(nn.Module):
             return checkpoint(layer, h_BTD, seen, index, use_reentrant=False, preserve_rng_state=False)
         return layer(h_BTD, seen, index)
 
-    def _check(self, input_ids: Tensor, doc_ids: Tensor | None) -> None:
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, time], got shape {tuple(input_ids.shape)}")
-        if doc_ids is not None and doc_ids.shape != input_ids.shape:
+    def _check(self, input_ids: Tensor, doc_ids: Tensor | None, parent_ids: Tensor | None) -> None:
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(
-                f"doc_ids {tuple(doc_ids.shape)} must have the shape of input_ids {tuple(input_ids.shape)}"
+                f"input_ids must be integers [batch, time], got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
+        if parent_ids is not None and doc_ids is None:
+            raise ValueError("parent_ids need doc_ids: a prefix is a document")
+        for name, ids in (("doc_ids", doc_ids), ("parent_ids", parent_ids)):
+            if ids is not None and ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} {tuple(ids.shape)} must have the shape of input_ids {tuple(input_ids.shape)}"
+                )
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{input_ids.shape[1]} positions exceed max_position_embeddings {self.config.max_position_embeddings}"

@@ -101,16 +101,16 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
     A trainer on several ranks reads what it owns, however many ranks the checkpoint was written by.
 
     Raises:
-        FullarcError: the folder is incomplete or of another model or optimizer.
+        FullarcError: the folder is incomplete or of another model or optimizer; the trainer is as it was.
     """
     folder = Path(folder)
     verify_manifest(folder)
+    data_state = saved_data_state(folder)
     weights = GlmMoeDsa(trainer.model.config)
     load_state(weights, folder)
-    trainer.load_weights(weights.state_dict())
-    data_state = saved_data_state(folder)
     values = json.loads((folder / "trainer" / "state.json").read_text())["trainer"]
     trainer.load_state(Shards(sorted((folder / "trainer").glob("optimizer*.safetensors"))), values)
+    trainer.load_weights(weights.state_dict())
     return data_state
 
 

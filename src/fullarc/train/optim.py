@@ -253,26 +253,37 @@ class Optimizer:
         return out
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors()` gave.
+        """Take back what `tensors()` gave, all of it or nothing.
 
         Raises:
-            FullarcError: names or shapes are not those of this optimizer.
+            FullarcError: names or shapes are not those of this optimizer, whose state is as it was.
         """
-        self.reset()
         left = dict(tensors)
-        for name, buffer in self._momentum.items():
-            saved = left.pop(f"momentum.{name}", None)
-            if saved is None or saved.shape != buffer.shape:
+
+        def take(key: str, shape: torch.Size) -> Tensor:
+            saved = left.pop(key, None)
+            if saved is None or saved.shape != shape:
+                has = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
                 raise FullarcError(
-                    f"The optimizer state has no momentum of shape {tuple(buffer.shape)} for {name}."
+                    f"The optimizer state does not fit: {key} {has}, expected {tuple(shape)}.",
+                    "Resume with the model and the optimizer that it was saved with.",
                 )
-            buffer.copy_(saved)
+            return saved.clone()
+
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        momentum = {name: take(f"momentum.{name}", shapes[name]) for name in self._muon_names}
+        moments: dict[str, dict[str, Tensor]] = {}
         for name in self._adamw_names:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            found = {key: left.pop(f"adamw.{key}.{name}") for key in keys if f"adamw.{key}.{name}" in left}
-            if found and self._adamw is not None:
-                self._adamw.state[self.parameters[name]] = {k: v.clone() for k, v in found.items()}
+            if any(f"adamw.{key}.{name}" in left for key in ("step", "exp_avg", "exp_avg_sq")):
+                moments[name] = {"step": take(f"adamw.step.{name}", torch.Size())}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[name][key] = take(f"adamw.{key}.{name}", shapes[name])
         if left:
             raise FullarcError(
                 f"The optimizer state has {len(left)} tensors too many, first {sorted(left)[0]}."
             )
+        self.reset()
+        self._momentum = momentum
+        for name, state in moments.items():
+            assert self._adamw is not None
+            self._adamw.state[self.parameters[name]] = state
