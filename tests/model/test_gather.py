@@ -25,7 +25,8 @@ SMALL = dict(
 def blocks(monkeypatch):
     """Small blocks, so that a short row has chunks with few and with many visible keys."""
     monkeypatch.setattr(mla_module, "BLOCK", 16)
-    monkeypatch.setattr(mla_module, "LONG_BLOCK", 16)
+    monkeypatch.setattr(mla_module, "LONG_BLOCK", 32)
+    monkeypatch.setattr(mla_module, "FEW", 5)
 
     def gather_from(times):
         monkeypatch.setattr(mla_module, "GATHER_FROM", times)
@@ -52,7 +53,7 @@ def test_the_choice_is_that_of_select_ties_and_short_rows_included():
 
 
 def test_outputs_and_gradients_are_those_of_attention_written_out(monkeypatch):
-    monkeypatch.setattr(gather_module, "CACHE", 3 * 6 * 9 * 8)  # three queries at once
+    monkeypatch.setattr(gather_module, "ROOM", 3 * 6 * 9 * 8)  # three queries at once
     generator = torch.Generator().manual_seed(1)
     B, t, H, S, k, C, R, N, V = 2, 300, 3, 90, 6, 5, 4, 7, 8
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fullarc.model.pieces import QUERIES, Scratch, each, gather, lanes, spans
 
-CACHE = 2**22  # bytes of gathered keys that are multiplied while they are in the cache
+ROOM = 2**24  # bytes of keys that are gathered at once
 
 
 class _Gathered(torch.autograd.Function):
@@ -109,7 +109,7 @@ def _absorb(q_nope_tHN: Tensor, q_rope_tHR: Tensor, up_k: Tensor, scale: float) 
 def _few(q_tHW: Tensor, positions: Tensor) -> list[slice]:
     """The queries of a piece, as many at a time as their keys fit into the cache."""
     size = positions.shape[-1] * q_tHW.shape[-1] * q_tHW.element_size()
-    return spans(0, len(q_tHW), max(1, CACHE // size))
+    return spans(0, len(q_tHW), max(1, ROOM // size))
 
 
 def _softmax(scores_tkH: Tensor, positions_tk: Tensor) -> Tensor:

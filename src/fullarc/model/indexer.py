@@ -20,8 +20,8 @@ from fullarc.model.pieces import Scratch, each, gather, lanes, spans
 from fullarc.model.quant import Linear
 
 TARGET_FLOOR = 1e-10
-FEW = 64  # queries that are scored at once
-TILE = 1024  # keys whose dot products with FEW queries, of all heads, stay in the cache until they are summed
+FEW = 128  # queries that are scored at once
+TILE = 2048  # keys that they are scored on at once, by all heads
 
 
 class Indexer(nn.Module):

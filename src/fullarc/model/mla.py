@@ -22,7 +22,7 @@ from fullarc.model.ops import RMSNorm, apply_rope
 from fullarc.model.pieces import Scratch, each, spans
 from fullarc.model.quant import Linear
 
-GATHER_FROM = 8  # times the top-k that must be visible
+GATHER_FROM = 3  # times the top-k that must be visible
 BLOCK = 128
 LONG_BLOCK = 512
 
@@ -58,8 +58,9 @@ class Chunk:
         if self.packed_BtS is not None:
             mine = slice(few.start - self.part.start, few.stop - self.part.start)
             return scores_tS.masked_fill_(~self.packed_BtS[b, mine], -torch.inf)
-        index_t = torch.arange(few.start, few.stop, device=self.keys.device)
-        scores_tS[:, few.start :].masked_fill_(index_t[:, None] < self.keys[few.start :], -torch.inf)
+        later_tS = scores_tS[:, few.start :]
+        index_t, index_S = self.keys[few], self.keys[few.start : scores_tS.shape[-1]]
+        later_tS.masked_fill_(index_t[:, None] < index_S, -torch.inf)
         return scores_tS
 
 
@@ -170,7 +171,8 @@ class Index:
 
         def take(place: tuple[Chunk, int, slice], scratch: Scratch) -> None:
             chunk, b, few = place
-            keys = row_BTd[b, : chunk.part.stop] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
+            past = slice(max(few.stop, self.indexer.topk + 1))
+            keys = row_BTd[b, past] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
             scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few], scratch)
             taken = choose(chunk.hide(scores, b, few), self.indexer.topk, scratch)
             mine = torch.where(taken < 0, -1, chunk.keys[taken.clamp_min(0)])

@@ -17,7 +17,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-QUERIES = 64  # a thread takes at once
+QUERIES = 128  # a thread takes at once
 LANES = 4  # sums of a row that are taken side by side
 
 
