@@ -11,7 +11,8 @@ from hf_reference import tiny_config
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa, load_model, mla, save_model, shift_targets
-from fullarc.model.ops import rope_tables, stable_topk, topk_mask
+from fullarc.model.moe import MoE
+from fullarc.model.ops import RMSNorm, rope_tables, stable_topk, topk_mask
 
 
 def model(**overrides: int) -> GlmMoeDsa:
@@ -180,7 +181,7 @@ def test_packed_rows_of_many_blocks_equal_their_documents_alone(
     """
     monkeypatch.setattr(mla, "GATHER_FROM", 1000)
     net = model(index_topk=topk, max_position_embeddings=1024)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(4)
     stem, sizes = 70, [[150, 90, 200, 40], [20, 300, 60, 100]]
     ids = torch.randint(0, net.config.vocab_size, (2, 560), generator=generator)
     docs, parents, alone = torch.zeros_like(ids), torch.zeros_like(ids), []
@@ -428,3 +429,43 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         save_file(bad, path)
         with pytest.raises(FullarcError, match=message.replace(".", r"\.")):
             load_model(tmp_path / "m")
+
+
+# --- operations with a backward pass of their own --------------------
+
+
+def test_rms_norm_has_the_gradients_of_its_formula() -> None:
+    """Against autograd in double precision, on a slice whose rows are not contiguous and on rows of zeros."""
+    norm = RMSNorm(24, 1e-5)
+    both = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0))
+    both[:, -1] = 0.0
+    x = both.split((24, 16), -1)[0].requires_grad_()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(2))
+    exact_x, exact_w = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    exact = exact_x * (exact_x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * exact_w
+    expected = exact, *torch.autograd.grad(exact, (exact_x, exact_w), grad.double())
+    out = norm(x)
+    for found, wanted in zip((out, *torch.autograd.grad(out, (x, norm.weight), grad)), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_reach_their_experts_and_their_gradients_come_back() -> None:
+    """Output and gradients of the dispatched layer against every expert on every token."""
+    net = model()
+    moe = next(layer.mlp for layer in net.layers if isinstance(layer.mlp, MoE))
+    x = torch.randn(2, 7, net.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    parameters = [x, *moe.parameters()]
+    out, _ = moe(x, None)
+    _, chosen_MK, weights_MK = moe.gate(x.flatten(0, 1))
+    every_MED = moe.experts.dense(x.flatten(0, 1)).transpose(0, 1)
+    expected = (
+        every_MED.gather(1, chosen_MK[..., None].expand(-1, -1, x.shape[-1])) * weights_MK[..., None]
+    ).sum(1)
+    expected = (expected + moe.shared_experts(x.flatten(0, 1))).view_as(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+    grads = (torch.autograd.grad((y * x.detach().cos()).sum(), parameters) for y in (out, expected))
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)

@@ -221,16 +221,13 @@ class MLA(nn.Module):
         """q-latent [..., Q], nope part [..., H, N] and rotated part [..., H, R] of hidden states [..., D]."""
         q_latent = self.q_a_layernorm(self.q_a_proj(h))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.nope + self.rope))
-        return (
-            q_latent,
-            q[..., : self.nope],
-            apply_rope(q[..., self.nope :], cos.unsqueeze(-2), sin.unsqueeze(-2)),
-        )
+        q_nope, q_rope = q.split((self.nope, self.rope), -1)
+        return q_latent, q_nope, apply_rope(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2))
 
     def latents(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What a token leaves in the cache: latent [..., C] (normalised) and rotated key part [..., R]."""
-        both = self.kv_a_proj_with_mqa(h)
-        return self.kv_a_layernorm(both[..., : self.latent]), apply_rope(both[..., self.latent :], cos, sin)
+        latent, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent, self.rope), -1)
+        return self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """The per-head key and value up-projections [H, N, C] and [H, V, C] inside kv_b_proj."""
@@ -257,8 +254,9 @@ class MLA(nn.Module):
         up = self.kv_b_proj(latent_BTC[:, reach]).unflatten(-1, (self.heads, self.nope + self.value))
         k_rope = k_rope_BTR[:, reach].unsqueeze(2).expand(-1, -1, self.heads, -1)
         q_BHTd = torch.cat((q_nope[:, reach], q_rope[:, reach]), -1).transpose(1, 2)
-        k_BHTd = torch.cat((up[..., : self.nope], k_rope), -1).transpose(1, 2)
-        v_BHTV = up[..., self.nope :].transpose(1, 2)
+        k_nope, v_BTHV = up.split((self.nope, self.value), -1)
+        k_BHTd = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
+        v_BHTV = v_BTHV.transpose(1, 2)
 
         if seen.chunks is None:
             out_BHTV = F.scaled_dot_product_attention(

@@ -4,10 +4,11 @@
 
 b is the balancing bias: it steers the choice, never the weights, and is moved by the trainer against the load
 (aux-loss-free balancing). Nothing is dropped: an expert computes all the tokens it is given.
-Shape suffixes: see ops.py; M = tokens (B * T), flattened.
+Shape suffixes: see ops.py; M = tokens (B * T), flattened; P = rows of the buffer sorted by expert.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,44 @@ def dispatch(chosen_MK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return slot.view_as(chosen_MK), ends_E.to(torch.int32)
 
 
+def tokens_of(slot_MK: Tensor, rows: int) -> Tensor:
+    """The token that each of the buffer's rows is for [P]; the first one on padding, whose results nobody reads."""
+    m, k = slot_MK.shape
+    token = torch.arange(m, device=slot_MK.device).repeat_interleave(k)
+    return slot_MK.new_zeros(rows).index_copy_(0, slot_MK.flatten(), token)
+
+
+class _Spread(torch.autograd.Function):
+    """Each token's row at all of its slots."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, slot_MK: Tensor, token_P: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_MK)
+        return x_MD.index_select(0, token_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (slot_MK,) = ctx.saved_tensors
+        return F.embedding_bag(slot_MK, grad_outputs[0], mode="sum"), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's weighted sum of the rows at its slots."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_PD: Tensor, weights_MK: Tensor, slot_MK: Tensor, token_P: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_PD, weights_MK, slot_MK, token_P)
+        return F.embedding_bag(slot_MK, rows_PD, mode="sum", per_sample_weights=weights_MK)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows_PD, weights_MK, slot_MK, token_P = ctx.saved_tensors
+        grad_PD = grad_outputs[0].index_select(0, token_P)
+        grad_weights_MK = (grad_PD * rows_PD).sum(-1)[slot_MK]
+        weight_P = weights_MK.new_zeros(len(token_P)).index_copy_(0, slot_MK.flatten(), weights_MK.flatten())
+        return grad_PD.mul_(weight_P[:, None]), grad_weights_MK, None, None
+
+
 @dataclass
 class RoutingStats:
     """Tokens per expert [E] (padding left out) and the sequence-level balance loss of one layer."""
@@ -146,13 +185,10 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, RoutingStats]:
         x_MD = x_BTD.flatten(0, 1)
         scores_ME, chosen_MK, weights_MK = self.gate(x_MD)
-        experts, k = scores_ME.shape[-1], chosen_MK.shape[-1]
-
-        slot_MK, ends_E = dispatch(chosen_MK, experts)
-        rows_PD = x_MD.new_zeros(int(ends_E[-1]), x_MD.shape[-1])
-        rows_PD = rows_PD.index_copy(0, slot_MK.flatten(), x_MD.repeat_interleave(k, dim=0))
-        out_MKD = self.experts(rows_PD, ends_E)[slot_MK]
-        y_MD = (out_MKD * weights_MK[..., None].to(out_MKD.dtype)).sum(1)
+        slot_MK, ends_E = dispatch(chosen_MK, scores_ME.shape[-1])
+        token_P = tokens_of(slot_MK, int(ends_E[-1]))
+        out_PD = self.experts(_Spread.apply(x_MD, slot_MK, token_P), ends_E)
+        y_MD = _Combine.apply(out_PD, weights_MK.to(out_PD.dtype), slot_MK, token_P)
         if self.shared_experts is not None:
             y_MD = y_MD + self.shared_experts(x_MD)
         return y_MD.view_as(x_BTD), self._stats(scores_ME, chosen_MK, x_BTD.shape, valid_BT)

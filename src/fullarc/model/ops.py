@@ -5,9 +5,34 @@ Shape suffixes, here and in the other files of this room:
     Q q-latent, C kv-latent, N nope, R rope, V value head, E experts, F expert FFN, P pairs (R / 2)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x / rms(x) over the last dimension; the backward pass in the fewest passes over memory.
+
+    With u = x / rms(x), g = dL/dy and the mean over the last dimension: dL/dx = (w g - u mean(w g u)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, inverse)
+        return (x * inverse).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,), (x, weight_D, inverse) = grad_outputs, ctx.saved_tensors
+        unit = x * inverse
+        product = grad * unit
+        share = torch.mv(product.flatten(0, -2), weight_D).div_(-len(weight_D)).view_as(inverse)
+        grad_x = (grad * weight_D).addcmul_(unit, share).mul_(inverse)
+        return grad_x, product.flatten(0, -2).sum(0), None
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +44,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return _RMSNorm.apply(x, self.weight, self.eps)
         return (F.rms_norm(x.float(), (x.shape[-1],), None, self.eps) * self.weight).to(x.dtype)
 
 

@@ -53,21 +53,22 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             logits_CV = hidden_ND[part] @ weight_VD.T
-            lse_C = logits_CV.logsumexp(-1)
             targets_C1 = targets_N[part, None]
-            nll = nll + (lse_C - logits_CV.gather(1, targets_C1)[:, 0]).sum()
+            chosen_C = logits_CV.gather(1, targets_C1)[:, 0]
+            largest_C = logits_CV.amax(-1)
+            grad_CV = logits_CV.sub_(largest_C[:, None]).exp_()
+            sum_C = grad_CV.sum(-1)
+            lse_C = largest_C + sum_C.log()
+            nll = nll + (lse_C - chosen_C).sum()
             penalty = penalty + (lse_C * lse_C).sum()
             if need_hidden or need_weight:
-                grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-                if z:
-                    grad_CV.mul_((1 + 2 * z * lse_C)[:, None])
+                grad_CV.mul_(((1 + 2 * z * lse_C) / sum_C)[:, None])
                 grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full((1, 1), -1.0).expand(len(targets_C1), 1))
                 if grad_hidden_ND is not None:
                     torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
                 if grad_weight_VD is not None:
                     grad_weight_VD.addmm_(grad_CV.T, hidden_ND[part])
-                del grad_CV
-            del logits_CV  # or two chunks would live at once
+            del grad_CV, logits_CV  # or two chunks would live at once
         ctx.grads = grad_hidden_ND, grad_weight_VD
         ctx.mark_non_differentiable(nll)
         return nll + z * penalty, nll
