@@ -68,6 +68,7 @@ class Conversation:
         self.tok: Tokenizer = service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:
+            service.check_length(sum(len(message.content) + len(message.reasoning) for message in messages))
             ids = render(
                 self.tok,
                 messages,

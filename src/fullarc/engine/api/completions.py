@@ -78,11 +78,11 @@ class Completions:
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         if isinstance(prompt, str):
-            return [self.service.text.encode_raw(prompt)]
+            return [self.service.encode(prompt)]
         if not prompt:
             raise RequestError("prompt is empty.", "Send at least one token.")
         if isinstance(prompt[0], str):
-            return [self.service.text.encode_raw(text) for text in prompt]
+            return [self.service.encode(text) for text in prompt]
         return prompt if isinstance(prompt[0], list) else [prompt]
 
     async def _events(

@@ -92,7 +92,7 @@ class Scores:
                        "usage": {"prompt_tokens": used, "total_tokens": used}})  # fmt: skip
 
     def _encode(self, text: Any) -> list[int]:
-        return self.service.text.encode_raw(text) if isinstance(text, str) else list(text)
+        return self.service.encode(text) if isinstance(text, str) else list(text)
 
     async def embeddings(self, http: HttpRequest) -> Response:
         """Embed one or many texts or token lists."""

@@ -54,6 +54,9 @@ class Service:
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
+        self._longest = (
+            max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
+        )
         self.latencies, self.seeds = Latencies(), SeedSource(seed)
         self._numbers = itertools.count(1)
         self._noted: list[Watch] = []
@@ -72,6 +75,22 @@ class Service:
                 "This model's folder has no tokenizer.json, so there is no text.", "Send token ids."
             )
         return self.tok
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, in which names of special tokens mean the tokens. Raises RequestError if it cannot fit."""
+        tok = self.text
+        self.check_length(len(text))
+        return tok.encode_raw(text)
+
+    def check_length(self, characters: int) -> None:
+        """Refuse a text that is too long whatever its tokens are, before time is spent on it."""
+        bound = self.scheduler.max_len * self._longest
+        if characters > bound:
+            raise RequestError(
+                f"The text has {characters} characters; the engine serves sequences of up to "
+                f"{self.scheduler.max_len} tokens.",
+                "Shorten it, or start the engine with a larger --max-len.",
+            )
 
     def next_id(self, prefix: str) -> str:
         """A name for a request."""

@@ -101,7 +101,7 @@ def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], boo
         texts = [body.text] if isinstance(body.text, str) else body.text
         if not texts:
             raise RequestError("text is an empty list.", "Send at least one prompt.")
-        return [service.text.encode_raw(text) for text in texts], not isinstance(body.text, str)
+        return [service.encode(text) for text in texts], not isinstance(body.text, str)
     ids: Any = body.input_ids
     nested = bool(ids and isinstance(ids[0], list))
     return (ids if nested else [ids]), nested

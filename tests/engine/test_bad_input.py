@@ -1,0 +1,230 @@
+"""Whatever clients send: a 4xx in one sentence, nobody else harmed, nothing kept."""
+
+import concurrent.futures
+import json
+import random
+import socket
+import time
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running import Running, wait
+
+from fullarc.engine import Engine
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+HELLO = [{"role": "user", "content": "hello"}]
+SAMPLING = {"max_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 1,
+            "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0}, "frequency_penalty": 0.1,
+            "presence_penalty": 0.1, "repetition_penalty": 1.1, "min_tokens": 1}  # fmt: skip
+NATIVE = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2,
+          "sampling_seed": 1, "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0},
+          "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1,
+          "min_new_tokens": 1}  # fmt: skip
+GOOD = [
+    ("/generate", {"input_ids": IDS, "sampling_params": NATIVE, "return_logprob": True, "logprob_start_len": 0,
+                   "top_logprobs_num": 2, "token_ids_logprob": [1, 2], "rid": "a", "stream": False}),
+    ("/generate", {"text": ["a", "b"], "sampling_params": [NATIVE, NATIVE], "return_logprob": [True, False],
+                   "rid": ["x", "y"], "stream": True}),
+    ("/inference/v1/generate", {"token_ids": IDS, "sampling_params": SAMPLING | {"logprobs": 1, "prompt_logprobs": 1},
+                                "request_id": "r"}),
+    ("/v1/completions", SAMPLING | {"prompt": "hello", "logprobs": 2, "echo": True}),
+    ("/v1/chat/completions", SAMPLING | {"messages": HELLO, "tools": [TOOL], "logprobs": True, "top_logprobs": 2,
+                                         "chat_template_kwargs": {"enable_thinking": True}}),
+    ("/v1/messages", {"max_tokens": 3, "messages": HELLO, "system": "s", "thinking": {"type": "enabled"},
+                      "tools": [{"name": "f", "input_schema": {"type": "object"}}], "stop_sequences": ["x"]}),
+    ("/v1/messages/count_tokens", {"messages": HELLO, "system": [{"type": "text", "text": "s"}]}),
+    ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [1], "apply_softmax": True}),
+    ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}),
+    ("/tokenize", {"prompt": "a", "return_token_strs": True}),
+    ("/detokenize", {"tokens": IDS}),
+    ("/update_weights_from_disk", {"model_path": "/nowhere", "kv_policy": "keep", "weight_version": "1"}),
+    ("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"], "load_format": None}),
+    ("/update_weights_from_ipc", {"shared_memory": "nothing-here", "sha256": "0"}),
+    ("/get_weights_by_name", {"name": "x", "truncate_size": 3}),
+    ("/abort_request", {"rid": "none", "abort_all": False}),
+    ("/abort_requests", {"request_ids": ["none"]}),
+]  # fmt: skip
+DEEP = "[" * 300 + "]" * 300
+
+
+@pytest.fixture(scope="module")
+def server(talking):
+    running = Running(talking[0], max_len=640)
+    running.engine.scheduler.max_queue = 64
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+def idle(server):
+    s = server.engine.scheduler
+    wait(lambda: not s.running and not s.waiting)
+    assert len(s.free) == 4 and server.server.service.worker.healthy
+
+
+NASTY = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**30, -(10**30), 0.5, -0.5, 1e308, 1e-308, float("nan"),
+     float("inf"), float("-inf"), "", "x", "\x00", "9" * 400, "é" * 3000, [], {}, [[]], [{}], [None], {"": None}, [""],
+     [-1], [10**30], ["x"] * 5000, list(range(300)), {"a": {"b": {"c": []}}}, {str(n): 1 for n in range(2000)}]
+)  # fmt: skip
+
+
+def places(value, path=()):
+    """All places in a JSON value."""
+    yield path
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def put(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = put(copy[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_request_makes_a_5xx(server, http, data):
+    path, body = data.draw(st.sampled_from(GOOD))
+    for _ in range(data.draw(st.integers(1, 2))):
+        body = put(body, data.draw(st.sampled_from(list(places(body)))), data.draw(NASTY))
+    answer = http.post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
+    assert answer.status_code < 500, (path, body, answer.text)
+    if answer.status_code >= 400 and not path.startswith("/update_weights"):
+        assert answer.json()["error"]["message"]
+    assert http.get("/health").status_code == 200
+
+
+def test_good_bodies_are_good_and_leave_nothing_behind(server, http):
+    for path, body in GOOD:
+        expected = 400 if path.startswith(("/update_weights", "/get_weights")) else 200
+        assert http.post(path, json=body).status_code == expected, path
+    idle(server)
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in GOOD}))
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"\xff\xfe", DEEP.encode(), b'{"input_ids": ' + DEEP.encode() + b"}", b"[]", b"null", b'"\\ud800"',
+     b"1" * 9999, b"[" * 100_000],
+    ids=["broken", "bytes", "deep", "deeper", "list", "null", "surrogate", "digits", "unclosed"],
+)  # fmt: skip
+def test_what_is_not_a_body_is_a_400(http, path, content):
+    answer = http.post(path, content=content)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_absurd_amounts_are_refused_at_once(server, http):
+    many = {"sampling_params": {"stop": ["x"] * 1_000_000}, "input_ids": IDS}
+    long = {"sampling_params": {"stop": ["x" * 100_000]}, "input_ids": IDS}
+    crowd = {"input_ids": [IDS] * 65}
+    samples = {"input_ids": [IDS] * 60, "sampling_params": {"n": 1024}}
+    for body, status in (
+        (many, 400),
+        (long, 400),
+        (crowd, 429),
+        (samples, 429),
+        ({"text": "a" * 20_000_000}, 400),
+    ):
+        begin = time.monotonic()
+        assert http.post("/generate", json=body).status_code == status
+        assert time.monotonic() - begin < 20
+    assert http.post("/generate", content=b" " * (65 * 2**20)).status_code == 413
+    idle(server)
+
+
+def test_a_full_queue_is_a_429_in_every_dialect(server, http):
+    http.post("/pause_generation", json={"mode": "in_place"})
+    s = server.engine.scheduler
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(
+                http.post, "/generate", json={"input_ids": [IDS] * 64, "sampling_params": NATIVE | {"n": 1}}
+            )
+            wait(lambda: len(s.waiting) == 64)
+            for path, body in GOOD[:6]:
+                answer = http.post(path, json=body)
+                assert answer.status_code == 429, path
+                assert answer.json()["error"]["type"] == "rate_limit_error"
+            http.post("/continue_generation")
+            assert waiting.result(60).status_code == 200
+    finally:
+        http.post("/continue_generation")
+    idle(server)
+
+
+def raw_request(server, body):
+    data = json.dumps(body).encode()
+    client = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    return client, head + data
+
+
+def test_clients_that_leave_at_any_moment_free_their_slots_and_change_nobody(server, http, talking):
+    alone = Engine(talking[0], max_batch=1, max_len=256).generate([IDS], 200, seeds=[7], stop_ids=())[0]
+    stay = {"input_ids": IDS, "return_logprob": True,
+            "sampling_params": {"max_new_tokens": 200, "sampling_seed": 7, "ignore_eos": True}}  # fmt: skip
+    rng = random.Random(0)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        kept = [pool.submit(http.post, "/generate", json=stay) for _ in range(2)]
+        for number in range(40):
+            prompt = [rng.randrange(300) for _ in range(rng.choice([1, 150]))]
+            body = {
+                "input_ids": prompt,
+                "stream": number % 2 == 0,
+                "sampling_params": {"max_new_tokens": 100},
+            }
+            client, data = raw_request(server, body)
+            client.sendall(data[: rng.choice([20, len(data) - 1, len(data), len(data), len(data)])])
+            time.sleep(rng.uniform(0, 0.03))
+            client.close()
+        metas = [future.result(60).json()["meta_info"] for future in kept]
+    for meta in metas:
+        assert [entry[0] for entry in meta["output_token_logprobs"]] == alone.logprobs
+    idle(server)
+    assert not server.server.service._noted
+
+
+def test_a_client_that_stops_reading_holds_no_slot(server, monkeypatch):
+    monkeypatch.setattr("fullarc.engine.api.service.STALL_S", 0.5)
+    body = {"input_ids": IDS, "stream": True, "return_logprob": True, "top_logprobs_num": 64,
+            "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}  # fmt: skip
+    client, data = raw_request(server, body)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.sendall(data)
+    idle_since = time.monotonic()
+    wait(lambda: server.engine.scheduler.running, 5)
+    idle(server)
+    assert time.monotonic() - idle_since < 30
+    client.close()
+
+
+def test_weights_of_another_shape_change_nobody(server, http, talking, checkpoints):
+    alone = Engine(talking[0], max_batch=1, max_len=256).generate([IDS], 150, seeds=[7], stop_ids=())[0]
+    stay = {
+        "input_ids": IDS,
+        "sampling_params": {"max_new_tokens": 150, "sampling_seed": 7, "ignore_eos": True},
+    }
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        kept = [pool.submit(http.post, "/generate", json=stay) for _ in range(3)]
+        wait(lambda: server.engine.scheduler.running)
+        for path in ("/update_weights_from_disk", "/areal_update_weights"):
+            answer = http.post(path, json={"model_path": str(checkpoints["other"])})
+            assert answer.status_code == 400 and "vocab_size" in answer.json()["message"]
+        for future in kept:
+            answer = future.result(60).json()
+            assert answer["output_ids"] == alone.token_ids and answer["meta_info"]["weight_version"] == "0"
