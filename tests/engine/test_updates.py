@@ -1,0 +1,214 @@
+"""Weights while running: from folders, tensors and shared memory; whole or in parts; what becomes of those who run."""
+
+import base64
+import concurrent.futures
+import hashlib
+import pickle
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from running import Running, wait
+from safetensors.torch import save
+
+from fullarc.engine import Engine
+from fullarc.model import load_model
+from fullarc.model.checkpoint import state_to_disk
+
+IDS = list(range(1, 40))
+
+
+@pytest.fixture
+def server(checkpoints):
+    running = Running(checkpoints["v0"])
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tensors(checkpoints):
+    return state_to_disk(load_model(checkpoints["v1"]))
+
+
+def generate(http, count=6, **body):
+    params = {"max_new_tokens": count, "sampling_seed": 1, "ignore_eos": True}
+    answer = http.post(
+        "/generate", json={"input_ids": IDS, "sampling_params": params, "return_logprob": True} | body
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def logprobs(answer):
+    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def fresh(folder, count=6):
+    return Engine(folder, max_batch=1, max_len=128).generate([IDS], count, seeds=[1], stop_ids=())[0].logprobs
+
+
+def encode(tensors):
+    return base64.b64encode(save({name: value.contiguous() for name, value in tensors.items()})).decode()
+
+
+def test_all_tensors_at_once_make_a_fresh_engines_answers(http, tensors, checkpoints):
+    assert logprobs(generate(http)) == fresh(checkpoints["v0"])
+    body = {"serialized_named_tensors": [encode(tensors)], "load_format": None, "flush_cache": False,
+            "weight_version": "seven"}  # fmt: skip
+    told = http.post("/update_weights_from_tensor", json=body)
+    assert told.status_code == 200 and told.json()["success"] is True
+    after = generate(http)
+    assert logprobs(after) == fresh(checkpoints["v1"]) and after["meta_info"]["weight_version"] == "seven"
+    assert after["meta_info"]["cached_tokens"] == 0
+    name = "model.norm.weight"
+    values = http.post("/get_weights_by_name", json={"name": name, "truncate_size": 4}).json()
+    assert values == tensors[name][:4].tolist()
+
+
+def test_parts_are_one_update_between_begin_and_end(http, tensors, checkpoints):
+    names = sorted(tensors)
+    http.post("/begin_weight_update")
+    for third in (names[::3], names[1::3], names[2::3]):
+        part = encode({name: tensors[name] for name in third})
+        told = http.post("/update_weights_from_tensor", json={"serialized_named_tensors": [part]})
+        assert told.json()["success"] is True
+        assert logprobs(generate(http)) == fresh(checkpoints["v0"]), "nothing changes before the end"
+    assert http.post("/end_weight_update", json={"weight_version": "4"}).json()["weight_version"] == "4"
+    assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+    assert http.post("/end_weight_update", json={}).status_code == 400
+
+
+def test_a_part_alone_changes_only_itself_and_later_parts_build_on_it(http, tensors, checkpoints, tmp_path):
+    first, second = ["model.embed_tokens.weight"], [n for n in tensors if n != "model.embed_tokens.weight"]
+    for part in (first, second):
+        body = {"serialized_named_tensors": [encode({name: tensors[name] for name in part})]}
+        assert http.post("/update_weights_from_tensor", json=body).json()["success"] is True
+        if part is first:
+            mixed = logprobs(generate(http))
+            assert mixed != fresh(checkpoints["v0"]) and mixed != fresh(checkpoints["v1"])
+    assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/fullarc-bomb"),))
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda t: base64.b64encode(pickle.dumps(Bomb())).decode(), "pickles are never read"),
+        (lambda t: "not base64!", "base64"),
+        (lambda t: base64.b64encode(b"12345678901234").decode(), "not safetensors"),
+        (lambda t: encode({"model.norm.weight": torch.ones(5)}), "shape"),
+        (lambda t: encode({"model.nothing": torch.ones(5)}), "no tensor"),
+        (lambda t: encode({"model.norm.weight": torch.full((32,), torch.nan)}), "NaN"),
+    ],
+)
+def test_refused_tensors_change_nothing(http, tensors, checkpoints, spoil, says):
+    answer = http.post("/update_weights_from_tensor", json={"serialized_named_tensors": [spoil(tensors)]})
+    assert answer.status_code == 400 and says in answer.json()["message"]
+    assert not Path("/tmp/fullarc-bomb").exists()
+    after = generate(http)
+    assert logprobs(after) == fresh(checkpoints["v0"]) and after["meta_info"]["weight_version"] == "0"
+
+
+def test_slimes_bucket_format_is_refused_with_what_to_send(http):
+    body = {"serialized_named_tensors": ["gASV"], "load_format": "flattened_bucket", "flush_cache": False}
+    answer = http.post("/update_weights_from_tensor", json=body)
+    assert answer.status_code == 400 and "safetensors" in answer.json()["message"]
+
+
+def test_weights_from_shared_memory(http, tensors, checkpoints):
+    data = save({name: value.contiguous() for name, value in tensors.items()})
+    path = Path("/dev/shm/fullarc-test-weights")
+    path.write_bytes(data)
+    try:
+        wrong = {"shared_memory": path.name, "sha256": "0" * 64}
+        answer = http.post("/update_weights_from_ipc", json=wrong)
+        assert answer.status_code == 400 and "SHA-256" in answer.json()["message"]
+        right = {"shared_memory": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+        assert http.post("/update_weights_from_ipc", json=right).json()["success"] is True
+    finally:
+        path.unlink()
+    assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+    for name in ("../etc/passwd", "..", "gone"):
+        assert http.post("/update_weights_from_ipc", json={"shared_memory": name}).status_code == 400
+
+
+def test_the_manifest_can_be_named(http, checkpoints):
+    right = hashlib.sha256((checkpoints["v1"] / "manifest.json").read_bytes()).hexdigest()
+    body = {"model_path": str(checkpoints["v1"]), "manifest_sha256": "0" * 64}
+    answer = http.post("/update_weights_from_disk", json=body)
+    assert answer.status_code == 400 and right in answer.json()["message"]
+    assert (
+        http.post("/update_weights_from_disk", json=body | {"manifest_sha256": right}).json()["success"]
+        is True
+    )
+    renamed = http.post("/update_weight_version", json={"new_version": "mine"})
+    assert renamed.status_code == 200 and http.get("/model_info").json()["weight_version"] == "mine"
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute", "drop"])
+def test_what_becomes_of_a_running_request(http, server, checkpoints, policy):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        future = pool.submit(generate, http, 150)
+        s = server.engine.scheduler
+        wait(lambda: any(len(r.logprobs) > 3 for r in list(s.running.values())))
+        body = {"model_path": str(checkpoints["v1"]), "kv_policy": policy}
+        assert http.post("/update_weights_from_disk", json=body).json()["success"] is True
+        answer = future.result(60)
+    meta = answer["meta_info"]
+    (_, _, cut), *rest = meta["weight_versions"]
+    old = Engine(checkpoints["v0"], max_batch=1, max_len=256)
+    assert logprobs(answer)[:cut] == old.generate([IDS], cut, seeds=[1], stop_ids=())[0].logprobs
+    if policy == "drop":
+        assert meta["finish_reason"]["type"] == "abort" and not rest and len(answer["output_ids"]) == cut
+        return
+    assert meta["completion_tokens"] == 150 and [span[0] for span in rest] == ["1"]
+    new = Engine(checkpoints["v1"], max_batch=1, max_len=256).score([IDS + answer["output_ids"]])[0][
+        len(IDS) + cut :
+    ]
+    assert (logprobs(answer)[cut:] == new) is (policy == "recompute")
+
+
+def test_service_goes_on_during_an_update(http, server, checkpoints):
+    """The longest time between two steps' tokens while weights change; the bar for the laptop's model is 0.1 s."""
+    times = []
+    s, original = server.engine.scheduler, server.engine.scheduler._sample
+    s._sample = lambda *given: (times.append(time.monotonic()), original(*given))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        load = [pool.submit(generate, http, 200) for _ in range(4)]
+        wait(lambda: len(times) > 10)
+        for name in ("v1", "v0", "v1"):
+            http.post("/update_weights_from_disk", json={"model_path": str(checkpoints[name])})
+        answers = [future.result(60) for future in load]
+    assert all(answer["meta_info"]["completion_tokens"] == 200 for answer in answers)
+    assert any(len(answer["meta_info"]["weight_versions"]) > 1 for answer in answers)
+    assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+
+
+def test_embeddings_are_the_last_hidden_state(http, checkpoints):
+    model = load_model(checkpoints["v0"])
+    with torch.no_grad():
+        expected = model.trunk(torch.tensor([IDS])).hidden_BTD[0, -1]
+    told = http.post("/v1/embeddings", json={"input": [IDS, [1, 2]]}).json()
+    torch.testing.assert_close(torch.tensor(told["data"][0]["embedding"]), expected, atol=1e-5, rtol=1e-5)
+    assert told["usage"]["prompt_tokens"] == len(IDS) + 2
+    packed = http.post("/v1/embeddings", json={"input": IDS, "encoding_format": "base64"}).json()
+    floats = torch.frombuffer(
+        bytearray(base64.b64decode(packed["data"][0]["embedding"])), dtype=torch.float32
+    )
+    assert floats.tolist() == told["data"][0]["embedding"], "also where the prefix was cached"
+    native = http.post("/encode", json={"input_ids": IDS}).json()
+    assert (
+        native["embedding"] == told["data"][0]["embedding"] and native["meta_info"]["weight_version"] == "0"
+    )
