@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.template import TOOLS_HEAD, TOOLS_TAIL
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa, save_model
 
@@ -82,7 +83,7 @@ WORDS = "the file holds a number so list it then print hello done 12 30 ls cat a
 def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
     """A checkpoint with a tokenizer, whose model says anything."""
     folder = tmp_path_factory.mktemp("talking")
-    tok = Tokenizer.train([WORDS * 4], 400)
+    tok = Tokenizer.train([WORDS * 4, *[TOOLS_HEAD + TOOLS_TAIL] * 3], 600)
     tok.save(folder / "tok")
     shape = TINY | dict(
         max_position_embeddings=1024,

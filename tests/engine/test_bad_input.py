@@ -53,7 +53,7 @@ DEEP = "[" * 300 + "]" * 300
 
 @pytest.fixture(scope="module")
 def server(talking):
-    running = Running(talking[0], max_len=640)
+    running = Running(talking[0])
     running.engine.scheduler.max_queue = 64
     yield running
     running.stop()
@@ -96,7 +96,7 @@ def put(value, path, new):
     return copy
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_request_makes_a_5xx(server, http, data):
     path, body = data.draw(st.sampled_from(GOOD))

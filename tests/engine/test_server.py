@@ -225,6 +225,11 @@ def test_information_and_metrics(http, server):
     assert "sglang:generation_tokens_total 6" in text and "sglang:e2e_request_latency_seconds_count 1" in text
     for line in text.splitlines():
         assert line.startswith("# TYPE ") or float(line.rsplit(" ", 1)[1]) >= 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total",
+                 "prefix_cache_hits_total", "prefix_cache_queries_total", "cache_config_info"):  # fmt: skip
+        assert f"\nvllm:{name}" in text, "read by prime-rl's controller"
+    assert 'vllm:request_success_total{finished_reason="length"} 1' in text
+    assert "sglang:inter_token_latency_seconds_count 1" in text
 
 
 def test_a_key_is_needed_when_one_is_set(checkpoints):

@@ -33,6 +33,7 @@ from fullarc.engine.api.completions import Completions
 from fullarc.engine.api.control import Control
 from fullarc.engine.api.guard import Endpoint, KeyCheck, answer, http_error, openapi
 from fullarc.engine.api.openai import Models
+from fullarc.engine.api.page import Page
 from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
@@ -54,7 +55,7 @@ class Server:
     ) -> None:
         self.service = Service(engine, model_path, seed=seed)
         updates = Updates(self.service)
-        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic)
+        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Page)
         dialects = [updates, Vllm(self.service, updates), *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))

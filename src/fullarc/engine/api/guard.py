@@ -23,7 +23,7 @@ from fullarc.engine.scheduler import QueueFullError
 
 T = TypeVar("T", bound=BaseModel)
 MAX_BODY = 64 * 2**20
-OPEN_PATHS = ("/health", "/ping", "/liveness", "/ready")
+OPEN_PATHS = ("/", "/health", "/ping", "/liveness", "/ready")
 _KINDS = {
     401: "authentication_error",
     404: "not_found_error",
@@ -111,7 +111,7 @@ async def http_error(http: HttpRequest, error: Exception) -> Response:
 
 
 class KeyCheck:
-    """Lets only requests with `Authorization: Bearer KEY` or `x-api-key: KEY` pass, and questions about health."""
+    """Lets requests pass that have `Authorization: Bearer KEY` or `x-api-key: KEY`, and those to OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self.expected = app, key.encode()

@@ -1,0 +1,135 @@
+"""What the HTTP path costs: the same work in process and over HTTP, one after the other, with the same weights.
+
+    throughput     tokens/s of `streams` concurrent streamed requests / tokens/s of `Engine.generate` on the same prompts
+    smoothness     99th percentile / median of the times between two events of a stream, as the client sees them
+    queue          how many of `queued` requests sent at once are answered
+
+The server is a process of its own, the client another (this one); median of `repeats` runs, in turns.
+"""
+
+import asyncio
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+SLOTS, PROMPT, NEW = 64, 32, 64
+
+
+@dataclass(frozen=True)
+class HttpPath:
+    """Medians over the runs. tokens/s, seconds, and the bare ratios that are the claims."""
+
+    in_process: float
+    over_http: float
+    ratio: float
+    between_median_s: float
+    between_p99_s: float
+    smoothness: float
+    answered: int
+    queued: int
+
+
+def measure(folder: Path, streams: int = SLOTS, queued: int = 1000, repeats: int = 5) -> HttpPath:
+    """Measure the checkpoint `folder`. Raises FullarcError if its server does not start."""
+    from fullarc.engine import Engine
+    from fullarc.rollout.serve import EngineProcess
+
+    engine = Engine(folder, max_batch=streams, max_len=2 * (PROMPT + NEW))
+    vocab = engine.scheduler.core.weights.config.vocab_size
+    prompts = [[(17 * n + 31 * at) % (vocab - 64) for at in range(PROMPT)] for n in range(streams)]
+    bodies = [
+        {"prompt": prompt, "max_tokens": NEW, "ignore_eos": True, "seed": n, "stream": True}
+        for n, prompt in enumerate(prompts)
+    ]
+    inside, outside, ratios, gaps = list[float](), list[float](), list[float](), list[float]()
+    with EngineProcess(folder, 2 * (PROMPT + NEW), max_batch=streams) as url:
+        asyncio.run(_streams(url, bodies[:2]))
+        engine.generate(prompts[:2], NEW, stop_ids=())
+        for _ in range(repeats):
+            engine.scheduler.prefix.clear()
+            begin = time.perf_counter()
+            engine.generate(prompts, NEW, seeds=range(streams), stop_ids=())
+            inside.append(streams * NEW / (time.perf_counter() - begin))
+            httpx.post(f"{url}/flush_cache", trust_env=False)
+            rate, between = asyncio.run(_streams(url, bodies))
+            outside.append(rate)
+            gaps += between
+            ratios.append(outside[-1] / inside[-1])
+        answered = asyncio.run(_queue(url, prompts, queued))
+    gaps.sort()
+    middle, last = statistics.median(gaps), gaps[int(len(gaps) * 0.99)]
+    return HttpPath(
+        statistics.median(inside), statistics.median(outside), statistics.median(ratios), middle, last, last / middle,
+        answered, queued,
+    )  # fmt: skip
+
+
+async def _streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[float]]:
+    """All bodies at once: tokens/s, and all times between two events of one stream."""
+    async with _client(url) as client:
+        begin = time.perf_counter()
+        arrivals = await asyncio.gather(*(_stream(client, body) for body in bodies))
+        seconds = time.perf_counter() - begin
+    gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False)]
+    return sum(body["max_tokens"] for body in bodies) / seconds, gaps
+
+
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> list[float]:
+    times, rest, last = list[float](), b"", b""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        async for part in response.aiter_raw():
+            *events, rest = (rest + part).split(b"\n\n")
+            now = time.perf_counter()
+            times += [now] * sum(event.startswith(b"data: {") for event in events)
+            last = next((event for event in reversed(events) if event.startswith(b"data: {")), last)
+    finish = json.loads(last[6:])["choices"][0]["finish_reason"]
+    if finish != "length":
+        raise RuntimeError(f"A stream ended with {finish}.")
+    return times
+
+
+async def _queue(url: str, prompts: list[list[int]], count: int) -> int:
+    async with _client(url) as client:
+
+        async def one(number: int) -> bool:
+            params = {"max_new_tokens": 4, "ignore_eos": True, "sampling_seed": number}
+            body = {"input_ids": prompts[number % len(prompts)], "sampling_params": params}
+            answer = await client.post("/generate", json=body)
+            return answer.status_code == 200 and len(answer.json()["output_ids"]) == 4
+
+        return sum(await asyncio.gather(*(one(number) for number in range(count))))
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(
+        base_url=url, timeout=httpx.Timeout(120, pool=None), limits=limits, trust_env=False
+    )
+
+
+def claims(folder: Path) -> list[dict[str, Any]]:
+    """The claims about the HTTP path, in the form of `fullarc bench`."""
+    found = measure(folder)
+
+    def claim(name: str, value: float, unit: str, target: str, ok: bool) -> dict[str, Any]:
+        return {"name": name, "value": round(value, 4), "unit": unit, "baseline": None, "target": target, "seeds": [],
+                "spread": None, "ok": ok}  # fmt: skip
+
+    return [
+        claim(
+            "HTTP at 64 streams, of the in-process throughput",
+            found.ratio,
+            "",
+            ">= 0.85",
+            found.ratio >= 0.85,
+        ),
+        claim("p99 time between tokens, of the median", found.smoothness, "", "< 3", found.smoothness < 3),
+        claim(
+            "queued requests answered", found.answered, "", f"{found.queued}", found.answered == found.queued
+        ),
+    ]

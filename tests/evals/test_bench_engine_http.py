@@ -1,0 +1,20 @@
+"""The measurement of the HTTP path, on a model that is too small to mean anything."""
+
+import pytest
+
+from fullarc.config.model import preset
+from fullarc.evals.bench_engine_http import claims, measure
+from fullarc.model import GlmMoeDsa, save_model
+
+
+@pytest.mark.slow
+def test_every_number_is_measured(tmp_path, monkeypatch):
+    size = preset("nano", vocab_size=300, eos_token_id=(0,), pad_token_id=0, max_position_embeddings=256)
+    save_model(GlmMoeDsa(size).init_weights(0).eval(), tmp_path / "m")
+    found = measure(tmp_path / "m", streams=4, queued=20, repeats=1)
+    assert found.answered == 20 and found.in_process > 0 and found.ratio == found.over_http / found.in_process
+    assert 0 < found.between_median_s <= found.between_p99_s
+    monkeypatch.setattr("fullarc.evals.bench_engine_http.measure", lambda folder: found)
+    told = {claim["name"]: claim for claim in claims(tmp_path / "m")}
+    assert told["queued requests answered"]["ok"] is True
+    assert {claim["target"] for claim in told.values()} == {">= 0.85", "< 3", "20"}
