@@ -16,7 +16,8 @@ from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 import fullarc.model.indexer as indexer_module
 import fullarc.model.mla as mla_module
-from fullarc.config.model import ModelConfig
+from fullarc.config.errors import FullarcError
+from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint, save_model
 
 ATOL = 5e-5
@@ -221,3 +222,58 @@ def test_reference_has_no_hidden_randomness() -> None:
     ids = torch.arange(48)[None]
     with torch.no_grad():
         assert torch.equal(a(ids).logits, b(ids).logits)
+
+
+def test_a_checkpoint_in_shards_is_read_as_transformers_wrote_it(tmp_path: Path) -> None:
+    config = tiny_config()
+    reference = reference_model(config)
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3 and (tmp_path / "model.safetensors.index.json").is_file()
+    ours = load_model(tmp_path)
+    assert ours.mtp_layer is None, "transformers leaves the MTP layer out, whatever config.json says"
+    ids = torch.randint(0, config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert difference(reference(ids).logits, ours(ids).logits) < ATOL
+
+    (tmp_path / "stray.safetensors").write_bytes(b"not listed, not read")
+    load_model(tmp_path)
+    shards[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(FullarcError, match=f"{shards[1].name} is missing, although"):
+        load_model(tmp_path)
+
+
+def test_an_mtp_layer_that_is_not_asked_for_is_left_where_it_is(tmp_path: Path) -> None:
+    model = GlmMoeDsa(tiny_config()).init_weights(1)
+    save_model(model, tmp_path / "model")
+    trunk = load_model(tmp_path / "model", num_nextn_predict_layers=0)
+    assert trunk.mtp_layer is None
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(trunk(ids).logits, model(ids).logits)
+
+
+def test_config_json_is_in_the_form_of_the_hub(tmp_path: Path) -> None:
+    """What transformers adds of its own, and older versions and other engines refuse, is not in it."""
+    config = preset("tiny-std")
+    said = config.to_hf()
+    assert not {"layer_types", "mlp_layer_types", "indexer_types", "transformers_version"} & said.keys()
+    read = GlmMoeDsaConfig(**{key: value for key, value in said.items() if key != "model_type"})
+    theirs = read.to_dict()
+    assert {key for key in said if key in theirs and theirs[key] != said[key]} <= {"dtype"}
+    assert ModelConfig.from_hf(theirs) == config.model_copy(update={"indexer_types": ("full",) * 4})
+
+
+def test_tiny_std_has_the_widths_that_kernels_insist_on() -> None:
+    config = preset("tiny-std")
+    assert config.kv_lora_rank + config.qk_rope_head_dim == 576
+    assert (config.qk_head_dim, config.v_head_dim, config.index_n_heads, config.index_head_dim) == (
+        256,
+        256,
+        32,
+        128,
+    )
+    released = preset("glm5-744b")
+    for name in ("index_topk", "qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank"):
+        assert getattr(config, name) == getattr(released, name)
+    assert not config.dense_attention and config.parameter_count() < 25e6

@@ -193,7 +193,8 @@ class ModelConfig(BaseModel):
             del fields[name]
         theta = fields.pop("rope_theta")
         fields["eos_token_id"] = list(fields["eos_token_id"])
-        fields["indexer_types"] = list(self.indexer_types) or None
+        if types := list(fields.pop("indexer_types")):
+            fields["indexer_types"] = types
         return {
             "architectures": ["FullarcVariantForCausalLM" if self.variant else "GlmMoeDsaForCausalLM"],
             "model_type": VARIANT_TYPE if self.variant else HF_TYPE,
@@ -269,6 +270,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "20m": _LAPTOP
     | dict(vocab_size=8192, hidden_size=320, num_hidden_layers=8, num_attention_heads=10, intermediate_size=896,
            moe_intermediate_size=160, n_routed_experts=16, num_experts_per_tok=4, q_lora_rank=160, kv_lora_rank=96),
+    # the released widths of attention and indexer, which the kernels of SGLang and vLLM insist on; all else is small
+    "tiny-std": _LAPTOP
+    | dict(vocab_size=4096, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+           moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=4, q_lora_rank=256, kv_lora_rank=512,
+           qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256, index_n_heads=32, index_head_dim=128,
+           max_position_embeddings=8192),
     "glm5-744b": {},
 }  # fmt: skip
 

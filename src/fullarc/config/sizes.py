@@ -206,3 +206,5 @@ SIZES: dict[str, Layer] = {
     # the released model; steps, batches and rates are the recipe file's, which says which of them the paper prints
     "glm5-744b": {"model": MODELS["glm5-744b"]},
 }
+# a model for other engines' kernels, trained as 5m is
+SIZES["tiny-std"] = SIZES["5m"] | {"model": MODELS["tiny-std"]}

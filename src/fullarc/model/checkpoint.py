@@ -162,10 +162,12 @@ def load_model(
     """
     folder = Path(folder)
     config = load_config(folder)
-    if config_overrides:
-        config = ModelConfig(**(config.model_dump() | config_overrides))
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
+    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in read_tensors(folder)):
+        config_overrides = {"num_nextn_predict_layers": 0} | config_overrides  # transformers leaves MTP out
+    if config_overrides:
+        config = ModelConfig(**(config.model_dump() | config_overrides))
     with torch.device("meta"):
         model = GlmMoeDsa(config)
     load_state(model, folder)
@@ -194,12 +196,16 @@ def fill_state(model: GlmMoeDsa, tensors: dict[str, Tensor], folder: Path) -> No
     for name, current in model.state_dict().items():
         value = _take(tensors, _disk_name(name, layers), current.shape, folder)
         state[name] = value
-    unexpected = [
-        n
-        for n in tensors
-        if not (copy := _MTP_COPIES.fullmatch(n))
-        or not layers <= int(copy[1]) < layers + model.config.num_nextn_predict_layers
-    ]
+
+    def spare(name: str) -> bool:
+        """MTP layers' copies of embeddings and output layer are never read, nor is an MTP layer nobody asked for."""
+        asked = model.config.num_nextn_predict_layers
+        copy = _MTP_COPIES.fullmatch(name)
+        if asked:
+            return copy is not None and layers <= int(copy[1]) < layers + asked
+        return name.startswith(f"model.layers.{layers}.")
+
+    unexpected = [name for name in tensors if not spare(name)]
     if unexpected:
         raise FullarcError(
             f"{folder}: unexpected tensor {sorted(unexpected)[0]}.",
@@ -246,10 +252,11 @@ def _set_scales(model: GlmMoeDsa, scales: dict[str, Tensor], folder: Path) -> No
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the safetensors files of `folder`."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FullarcError(f"{folder} holds no .safetensors file.", "Check the path.")
+    """Every tensor of the safetensors files of `folder`, or of those that its index lists.
+
+    They are memory-mapped: what is not used is not read.
+    """
+    files = _files(Path(folder))
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -258,6 +265,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise FullarcError(f"{file} cannot be read: {error}.", "Use another checkpoint.") from None
     return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files with tensors. Raises FullarcError naming one that the index lists and that is not there."""
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        listed = json.loads(index.read_text()).get("weight_map") or {} if index.is_file() else {}
+        files = [folder / name for name in sorted(set(listed.values()))]
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise FullarcError(f"{index} cannot be read.", "Use another checkpoint.") from None
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise FullarcError(
+                f"{file} is missing, although {index.name} lists it.", "Use another checkpoint."
+            )
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FullarcError(f"{folder} holds no .safetensors file.", "Check the path.")
+    return files
 
 
 def _take(tensors: dict[str, Tensor], disk: str, shape: torch.Size, folder: Path) -> Tensor:
