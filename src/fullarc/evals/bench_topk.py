@@ -63,9 +63,8 @@ def logits(model: GlmMoeDsa, ids_T: Tensor, block: int, choose: Choice) -> Tenso
             q_index = indexer.queries(q_latent, cos[part], sin[part])
             scores_BS = indexer.scores(q_index[None], k_index[None], indexer.head_weights(normed)[None])[0]
             taken_BS = choose(scores_BS, allowed_BS, c.index_topk)
-            out = mla.absorbed(
-                q_nope, q_rope, *(k.expand(len(h_BD), -1, -1) for k in (latents, k_ropes)), taken_BS
-            )
+            latents, k_ropes = (kept_SX.expand(len(h_BD), -1, -1) for kept_SX in (latents, k_ropes))
+            out = mla.absorbed(q_nope, q_rope, latents, k_ropes, taken_BS)
             h_BD = h_BD + mla.o_proj(out)
             normed = layer.post_attention_layernorm(h_BD)
             mlp = layer.mlp
