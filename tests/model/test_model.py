@@ -1,6 +1,7 @@
 """Properties of the network that no other implementation can vouch for."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,34 @@ def test_mtp_step_reads_the_right_tokens() -> None:
         for step in range(3):
             first = (base[step] - moved[step]).abs().sum(-1)[0].nonzero()[0].item()
             assert first == position - 1 - step
+
+
+def test_the_alignment_table_of_the_design_is_what_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row: whose embedding and state a step joins, and which token `shift_targets` gives it."""
+    design = (Path(__file__).parents[2] / "docs/design.md").read_text(encoding="utf-8")
+    row = re.compile(
+        r"^\| (?:trunk|MTP step (\d)) \| t(?: \+ (\d))? \| ?(?:(trunk)|step (\d)|) \| t \+ (\d) \|$", re.M
+    )
+    said = row.findall(design)
+    assert [step for step, *_ in said] == ["", "0", "1", "2"]
+    net, ids = model(index_topk=256), torch.arange(1, 31)[None]
+    joined: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = net.mtp_layer.join
+    monkeypatch.setattr(net.mtp_layer, "join", lambda e, h: joined.append((e, h)) or plain(e, h))
+    with torch.no_grad():
+        trunk = net.trunk(ids).hidden_BTD
+        states = net.mtp(trunk, ids, steps=3).hidden
+        embedded = net.embed_tokens(ids)
+    for step, reads, of_trunk, of_step, predicts in said:
+        targets, _ = shift_targets(ids, torch.ones_like(ids), None, int(predicts))
+        assert targets[0, 4] == ids[0, 4 + int(predicts)]
+        if not step:
+            assert not reads and not of_trunk and predicts == "1"
+            continue
+        assert int(predicts) == 2 + int(step), "LmLoss asks for targets 2 + d"
+        embedding, state = joined[int(step)]
+        assert torch.equal(embedding[0, 4], embedded[0, 4 + int(reads)])
+        assert torch.equal(state, trunk if of_trunk else states[int(of_step)])
 
 
 def test_shift_targets_table() -> None:

@@ -1,6 +1,6 @@
 """What the HTTP path costs: the same work in process and over HTTP, one after the other, with the same weights.
 
-    throughput     tokens/s of `streams` concurrent streamed requests / tokens/s of `Engine.generate` on the same prompts
+    throughput     tokens/s of `streams` concurrent streamed requests / that of `Engine.generate` on the same prompts
     smoothness     99th percentile / median of the times between two events of a stream, as the client sees them
     queue          how many of `queued` requests sent at once are answered
 
