@@ -171,6 +171,18 @@ def test_a_query_sees_exactly_its_window(grouped: dict) -> None:
     assert (a != b).any(-1)[0].nonzero()[:, 0].tolist() == list(range(511, 518))
 
 
+@pytest.mark.parametrize("pattern, reached", [("FS", 600), ("SF", 600), ("SS", 511 + 2 * 6 + 1)])
+def test_only_the_layers_marked_have_a_window(pattern: str, reached: int) -> None:
+    """How far a token of a two-layer model is felt: two windows, or to the end where a layer sees everything."""
+    net = model(num_hidden_layers=2, attention_pattern=pattern, sliding_window=7, index_topk=1024)
+    ids = tokens(1, 600)
+    other = ids.clone()
+    other[0, 511] = (other[0, 511] + 1) % 97
+    with torch.no_grad():
+        a, b = net.trunk(ids).hidden_BTD, net.trunk(other).hidden_BTD
+    assert (a != b).any(-1)[0].nonzero()[-1, 0] + 1 == reached
+
+
 def test_a_window_wider_than_the_row_changes_nothing() -> None:
     wide = model(attention_pattern="SFSS", sliding_window=64, index_topk=256)
     full = GlmMoeDsa(tiny_config(index_topk=256))
@@ -221,6 +233,18 @@ def test_every_step_has_its_own_layer_and_the_last_one_goes_on() -> None:
         net.mtp_later[0].eh_proj.weight.mul_(2)
         after = net.mtp(net.trunk(ids).hidden_BTD, ids, steps=4).hidden
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False, False]
+
+
+def test_drafts_of_separate_layers_are_what_training_computes() -> None:
+    from fullarc.engine.mtp import _advance, _draft
+
+    net = model(num_nextn_predict_layers=3, index_topk=256)
+    ids, hidden = _advance(net, [5, 9, 13, 2, 40, 41, 17], [])
+    drafts = _draft(net, ids, hidden, 4)
+    with torch.no_grad():
+        full = torch.tensor([ids + drafts])
+        states = net.mtp(net.trunk(full).hidden_BTD, full, steps=4).hidden
+    assert drafts == [int(net.lm_head(state[0, len(ids) - 2]).argmax()) for state in states]
 
 
 def test_copies_of_one_layer_are_the_shared_layer() -> None:
