@@ -100,6 +100,7 @@ def test_speculation_commits_exactly_the_greedy_tokens(shaped):
     outputs = Engine(folder, max_batch=4, max_len=256).generate(PROMPTS, 8, temperature=0.0, stop_ids=())
     for prompt, ours, engine in zip(PROMPTS, result.outputs, outputs, strict=True):
         assert ours == greedy(model, prompt, 8) == engine.token_ids
+    assert mtp_accept_length(folder, PROMPTS, 3, 8, full_passes=True).outputs == result.outputs
     assert 1.0 <= result.mean <= 4.0 and len(result.per_position) == 3
 
 
@@ -111,8 +112,9 @@ def test_drafts_that_are_always_right_are_all_accepted(build):
         model.mtp_layer.norm.weight.zero_()
     result = mtp_accept_length(model, [[3, 4, 5]], draft_steps=4, max_new_tokens=20)
     assert result.outputs == [[0] * 20]
-    assert result.mean == pytest.approx(20 / 5 + 0.0, abs=1.0) and result.per_position[0] == 1.0
-    assert result.verify_steps == 4
+    # the first token comes with the prompt; the last step has room for three drafts only
+    assert (result.steps, result.tokens, result.mean) == ([4], [19], 19 / 4)
+    assert result.per_position == [1.0, 1.0, 1.0, 0.75]
 
 
 def test_drafts_follow_the_training_alignment(build):

@@ -25,6 +25,7 @@ from fullarc.model.indexer import select
 KEY_BLOCK = 32
 QUERY_CHUNK = 128
 SHORT_RUN = 32
+DECODING_RUN = 8
 
 
 @dataclass(frozen=True)
@@ -55,40 +56,45 @@ class Grid:
     bias_NS: Tensor
 
 
-def _grid(slots: slice | Sequence[int], runs: Sequence[Run | None], queries: int) -> Grid:
+def _grid(slots: slice | Sequence[int], runs: Sequence[Run | None], queries: int, first: int) -> Grid:
     rows, positions = list[int](), list[int]()
     for run in runs:
         count = run.count if run else 0
         rows += [*(range(run.row, run.row + count) if run else ()), *[-1] * (queries - count)]
         positions += [*(range(run.start, run.start + count) if run else ()), *[0] * (queries - count)]
     longest = max(positions)
-    causal_NS = torch.arange(_blocks(longest + 1)) <= torch.tensor(positions)[:, None]
+    key_S, query_N1 = torch.arange(_blocks(longest + 1)), torch.tensor(positions)[:, None]
+    causal_NS = key_S <= query_N1
+    if first:
+        causal_NS &= (key_S >= first) | (query_N1 < first)
     where = slots if isinstance(slots, slice) else torch.tensor(slots)
     return Grid(where, rows, longest, causal_NS, torch.where(causal_NS, 0.0, -torch.inf))
 
 
-def decoding_grid(runs: Sequence[Run]) -> Grid:
-    """Runs of one query. The first slots are used in place when most of them take part, and copied otherwise."""
-    span = max(run.slot for run in runs) + 1
-    if span > 2 * len(runs):
-        return _grid([run.slot for run in runs], runs, 1)
-    at = {run.slot: run for run in runs}
-    return _grid(slice(0, span), [at.get(slot) for slot in range(span)], 1)
+def grids(runs: Sequence[Run], first: int = 0) -> list[Grid]:
+    """Runs in groups that are computed together; keys before `first` are seen by no query behind them.
 
-
-def prompt_grids(runs: Sequence[Run]) -> list[Grid]:
-    """Short runs of about the same length and past together; long ones alone, in pieces of QUERY_CHUNK."""
+    Very short runs (decoding sequences, with or without drafts) of about the same length share a grid whatever their
+    past; short ones one of the same past too; long ones stand alone, in pieces of QUERY_CHUNK.
+    """
     alike: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         for at in range(0, run.count, QUERY_CHUNK):
             count = min(QUERY_CHUNK, run.count - at)
             piece = Run(run.slot, run.start + at, run.row + at, count)
             queries = count if count > SHORT_RUN else 1 << (count - 1).bit_length()
-            alike.setdefault((queries, _blocks(piece.start + count)), []).append(piece)
-    return [
-        _grid(slice(r[0].slot, r[0].slot + 1) if len(r) == 1 else [run.slot for run in r], r, queries)
-        for (queries, _), r in alike.items()
-    ]
+            past = 0 if queries <= DECODING_RUN else _blocks(piece.start + count)
+            alike.setdefault((queries, past), []).append(piece)
+    return [_together(group, queries, first) for (queries, _), group in alike.items()]
+
+
+def _together(runs: Sequence[Run], queries: int, first: int) -> Grid:
+    """One grid. Its slots are used in place when most of them take part, and copied otherwise."""
+    low, high = min(run.slot for run in runs), max(run.slot for run in runs) + 1
+    at = {run.slot: run for run in runs}
+    if high - low > len(runs) * (2 if queries <= DECODING_RUN else 1):
+        return _grid([run.slot for run in runs], runs, queries, first)
+    return _grid(slice(low, high), [at.get(slot) for slot in range(low, high)], queries, first)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:

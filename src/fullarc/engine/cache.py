@@ -24,12 +24,16 @@ SKEW = 16
 
 
 class Cache:
-    """Latents, keys and index keys of `slots` sequences of up to `max_len` tokens (rounded up to whole tiles)."""
+    """Latents, keys and index keys of `slots` sequences of up to `max_len` tokens (rounded up to whole tiles).
 
-    def __init__(self, config: ModelConfig, slots: int, max_len: int) -> None:
+    With `mtp` the last layer is the MTP layer's, whose row p joins token p with the trunk's state at p - 1; it has no
+    row 0.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, max_len: int, mtp: bool = False) -> None:
         self.slots, self.max_len = slots, -(-max_len // TILE) * TILE
         self.width = config.kv_lora_rank + config.qk_rope_head_dim
-        layers, key = config.num_hidden_layers, self.width + config.index_head_dim
+        layers, key = config.num_hidden_layers + mtp, self.width + config.index_head_dim
         # rows a power of two apart would share the same few cache sets
         self.keys = torch.zeros(layers, slots + 1, key, self.max_len + SKEW)[..., : self.max_len]
         self.values = torch.zeros(layers, slots + 1, self.max_len, config.kv_lora_rank)

@@ -1,8 +1,12 @@
 """The forward pass of a batch that mixes decoding and chunks of prompts (continuous batching).
 
-A step is a flat list of token rows, each with its slot and position: first one row for every decoding sequence, then
-the chunks of prompts, then padding to a multiple of PADDED_ROWS. All products see the flat rows; only attention
-knows about sequences.
+A step is a flat list of token rows, each with its slot and position: the chunks of prompts, the last tokens and drafts
+of decoding sequences, then padding to a multiple of PADDED_ROWS. All products see the flat rows; only attention knows
+about sequences.
+
+The MTP layer is one more layer with a cache of its own. Its row p joins token p with the trunk's state at p - 1 (in
+training the row is numbered p - 1, but only distances matter), so that a row depends on its own prefix alone, as in
+every other layer, and the prefix cache holds it like theirs.
 
 Invariant: a row's result depends, to the bit, on its own sequence only. fp32 matrix products treat every row of
 whole blocks of 16 alike (measured for the MKL of torch 2.13; tests/engine/test_bitwise.py guards it), experts are
@@ -17,9 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullarc.engine.attention import Grid, Run, attend, choose, decoding_grid, prompt_grids, rotate
+from fullarc.engine.attention import Grid, Run, attend, choose, grids, rotate
 from fullarc.engine.cache import Cache
-from fullarc.engine.weights import AttentionWeights, EngineWeights, FFNWeights, MoEWeights, padded_heads
+from fullarc.engine.weights import (
+    AttentionWeights,
+    EngineWeights,
+    FFNWeights,
+    LayerWeights,
+    MoEWeights,
+    padded_heads,
+)
 from fullarc.model.moe import ROW_BLOCK, dispatch
 
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
@@ -57,28 +68,44 @@ class _Batch:
 
 
 class Core:
-    """Weights and cache; `forward` runs one step. Not thread-safe: one thread owns it."""
+    """Weights and cache; `forward` runs one step. Not thread-safe: one thread owns it.
 
-    def __init__(self, weights: EngineWeights, slots: int, max_len: int) -> None:
+    With `mtp` the cache has rows for the MTP layer and `look_ahead` may be called.
+    """
+
+    def __init__(self, weights: EngineWeights, slots: int, max_len: int, mtp: bool = False) -> None:
         self.weights = weights
-        self.cache = Cache(weights.config, slots, max_len)
+        self.cache = Cache(weights.config, slots, max_len, mtp)
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Final hidden states [rows, D] after the last norm, in the order of `chunks` (plus padding rows).
 
-        Chunks of one token must come first; each slot may appear once.
+        Each slot may appear once.
         """
         w = self.weights
         ids_N, batch = self._batch(chunks)
         h_ND = w.embed[ids_N].float()
         for number, layer in enumerate(w.layers):
-            h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
-            normed = _norm(h_ND, layer.ffn_norm, w.config.rms_norm_eps)
-            h_ND = h_ND + (
-                _moe(layer.ffn, normed) if isinstance(layer.ffn, MoEWeights) else _ffn(layer.ffn, normed)
-            )
+            h_ND = self._layer(number, layer, h_ND, batch)
         return _norm(h_ND, w.norm, w.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def look_ahead(self, chunks: list[Chunk], states_ND: Tensor) -> Tensor:
+        """The MTP layer's states [rows, D] of tokens whose predecessors' states are given, plus padding rows.
+
+        The state of row p predicts token p + 1, and is what row p + 1 joins when the trunk's is not known yet.
+        """
+        w, mtp = self.weights, self.weights.mtp
+        assert mtp is not None
+        eps = w.config.rms_norm_eps
+        ids_N, batch = self._batch(chunks, first=1)
+        states_ND = F.pad(states_ND, (0, 0, 0, len(ids_N) - len(states_ND)))
+        both = torch.cat(
+            (_norm(w.embed[ids_N].float(), mtp.enorm, eps), _norm(states_ND, mtp.hnorm, eps)), -1
+        )
+        h_ND = self._layer(len(w.layers), mtp.layer, mtp.join(both), batch)
+        return _norm(h_ND, mtp.norm, eps)
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor, rows: list[int]) -> Tensor:
@@ -88,19 +115,24 @@ class Core:
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
-    def _batch(self, chunks: list[Chunk]) -> tuple[Tensor, _Batch]:
+    def _layer(self, number: int, layer: LayerWeights, h_ND: Tensor, batch: _Batch) -> Tensor:
+        h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
+        normed = _norm(h_ND, layer.ffn_norm, self.weights.config.rms_norm_eps)
+        if isinstance(layer.ffn, MoEWeights):
+            return h_ND + _moe(layer.ffn, normed)
+        return h_ND + _ffn(layer.ffn, normed)
+
+    def _batch(self, chunks: list[Chunk], first: int = 0) -> tuple[Tensor, _Batch]:
+        """Token ids and tensors of a step's rows; keys before `first` are not seen."""
         ids, slots, positions = list[int](), list[int](), list[int]()
         for chunk in chunks:
             ids += chunk.ids
             slots += [chunk.slot] * len(chunk.ids)
             positions += range(chunk.start, chunk.start + len(chunk.ids))
-        decoding = sum(len(chunk.ids) == 1 for chunk in chunks)
-        assert all(len(chunk.ids) == 1 for chunk in chunks[:decoding]), "single-token chunks come first"
         rows = itertools.accumulate((len(chunk.ids) for chunk in chunks), initial=0)
         runs = [Run(c.slot, c.start, row, len(c.ids)) for c, row in zip(chunks, rows, strict=False)]
-        grids = [decoding_grid(runs[:decoding])] if decoding else []
-        grids += prompt_grids(runs[decoding:])
-        gather = [row for grid in grids for row in grid.rows]
+        together = grids(runs, first)
+        gather = [row for grid in together for row in grid.rows]
         place = {row: at for at, row in enumerate(gather)}
         padding = -len(ids) % PADDED_ROWS
         slots_N = torch.tensor(slots + [self.cache.padding_slot] * padding)
@@ -110,10 +142,10 @@ class Core:
             positions_N,
             self.weights.cos[positions_N].repeat(1, 2),
             self.weights.sin[positions_N].repeat(1, 2),
-            grids,
+            together,
             torch.tensor(gather).clamp_min_(0),
             torch.tensor([place[row] for row in range(len(ids))] + [0] * padding),
-            [grid.bias_NS for grid in grids],
+            [grid.bias_NS for grid in together],
         )
         return torch.tensor(ids + [0] * padding), batch
 

@@ -13,6 +13,7 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
 from fullarc.engine.core import Core
+from fullarc.engine.draft import Drafter
 from fullarc.engine.products import DTYPES
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Request, RequestError, Scheduler
@@ -83,8 +84,11 @@ class Engine:
         prefix_tokens: size of the prefix cache.
         chunk_tokens: prompt tokens computed per step.
         dtype: "fp32", "bf16" (half the memory) or "fp8" (emulated); a quantised checkpoint's integers stay integers.
+        draft_steps: tokens that the MTP layer drafts ahead, at most; 0 = none. The output is the same.
+        rejection: accept drafts by rejection sampling: more of them at temperatures above 0, and other tokens (of the
+            same distribution) than without drafts.
 
-    Raises FullarcError if the folder is not a valid checkpoint.
+    Raises FullarcError if the folder is not a valid checkpoint, or has no MTP layer to draft with.
     """
 
     def __init__(
@@ -97,12 +101,16 @@ class Engine:
         chunk_tokens: int = 512,
         weight_version: str = "0",
         dtype: str = "fp32",
+        draft_steps: int = 0,
+        rejection: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
         weights = load_weights(folder, weight_version, dtype)
-        core = Core(weights, max_batch, min(max_len, weights.config.max_position_embeddings))
+        longest = min(max_len, weights.config.max_position_embeddings)
+        core = Core(weights, max_batch, longest, mtp=draft_steps > 0 and weights.mtp is not None)
+        drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
         self.scheduler = Scheduler(
-            core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens
+            core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, drafter=drafter
         )
         self._numbers = itertools.count()
 

@@ -1,13 +1,10 @@
 """How far ahead does the MTP layer see? Greedy self-speculation, measured (GLM-5, Table 2).
 
-One verify step: the trunk's state at the last token drafts d_1 … d_n by applying the shared MTP layer n times, or the
-separate ones in turn (the post-norm state is carried on, as in training); the trunk then checks the drafts, keeps those
-equal to its own greedy choice up to the first miss, and adds its own next token.
+    accept length = tokens committed / verify steps, the trunk's own included;  1 <= accept length <= drafts + 1
 
-    accept length = tokens committed / verify steps, the bonus token included;  1 <= accept length <= n + 1
-
-Invariant: the committed tokens are those of plain greedy decoding. This measures acceptance with full forward passes;
-it is not the fast path.
+The engine's own speculative decoding does it, with a fixed number of drafts. There the second and later drafts see
+rows of the first kind for what came before them. By full passes, which also serve the paper's comparisons (other
+attentions, a separate MTP layer for every step), each draft sees rows of its own depth, as in training.
 """
 
 from collections.abc import Sequence
@@ -16,19 +13,38 @@ from pathlib import Path
 
 import torch
 
+from fullarc.engine.core import Core
+from fullarc.engine.draft import Drafter, Speculation
+from fullarc.engine.sampling import SamplingParams
+from fullarc.engine.scheduler import Request, Scheduler
+from fullarc.engine.weights import prepare
 from fullarc.model import GlmMoeDsa, load_model
 
 DEFAULT_TOKENS = 32
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class AcceptLength:
-    """Result over all prompts. `outputs` are the committed tokens of each prompt."""
+    """Result over all prompts.
+
+    Attributes:
+        mean: accept length.
+        per_position: share of verify steps whose draft 1, 2, … was accepted.
+        outputs: the committed tokens of each prompt.
+        steps, tokens: verify steps of each prompt and the tokens that they committed.
+    """
 
     mean: float
     per_position: list[float]
-    verify_steps: int
     outputs: list[list[int]]
+    steps: list[int]
+    tokens: list[int]
+
+    @property
+    def verify_steps(self) -> int:
+        """Of all prompts."""
+        return sum(self.steps)
 
 
 def mtp_accept_length(
@@ -36,27 +52,56 @@ def mtp_accept_length(
     prompts: Sequence[Sequence[int]],
     draft_steps: int = 4,
     max_new_tokens: int = DEFAULT_TOKENS,
+    full_passes: bool = False,
 ) -> AcceptLength:
-    """Speculate greedily on every prompt with `draft_steps` recursive MTP steps.
+    """Decode every prompt greedily with `draft_steps` drafts a step.
 
-    `per_position[i]` is the share of verify steps whose draft i + 1 was accepted.
-    Raises ValueError if the model has no MTP layer.
+    `full_passes`: compute everything anew in each step, the later drafts' attention included, as training does. It is
+    slow and differs little; for comparisons with models that the engine does not serve.
+
+    Raises FullarcError if the model has no MTP layer.
     """
     net = model if isinstance(model, GlmMoeDsa) else load_model(model)
-    steps, committed, hits, outputs = 0, 0, [0] * draft_steps, []
-    for prompt in prompts:
-        ids, goal = list(prompt), min(len(prompt) + max_new_tokens, net.config.max_position_embeddings)
-        ids, hidden = _advance(net, ids, [])
-        while len(ids) < goal:
-            drafts = _draft(net, ids, hidden, min(draft_steps, goal - len(ids)))
-            before = len(ids)
-            ids, hidden = _advance(net, ids, drafts)
-            accepted = len(ids) - before - 1
-            steps, committed = steps + 1, committed + accepted + 1
-            for position in range(accepted):
-                hits[position] += 1
-        outputs.append(ids[len(prompt) : goal])
-    return AcceptLength(committed / max(steps, 1), [hit / max(steps, 1) for hit in hits], steps, outputs)
+    if full_passes or net.config.variant or len(net.mtp_layers) > 1:
+        runs = [_by_full_passes(net, prompt, draft_steps, max_new_tokens) for prompt in prompts]
+    else:
+        runs = _by_engine(net, prompts, draft_steps, max_new_tokens)
+    steps, tokens = [s.verified for s, _ in runs], [s.verified + s.accepted for s, _ in runs]
+    hits = [sum(sum(s.histogram[i + 1 :]) for s, _ in runs) for i in range(draft_steps)]
+    total = max(sum(steps), 1)
+    return AcceptLength(
+        sum(tokens) / total, [hit / total for hit in hits], [output for _, output in runs], steps, tokens
+    )
+
+
+def _by_engine(
+    net: GlmMoeDsa, prompts: Sequence[Sequence[int]], draft_steps: int, max_new_tokens: int
+) -> list[tuple[Speculation, list[int]]]:
+    longest = min(max(map(len, prompts)) + max_new_tokens, net.config.max_position_embeddings)
+    core = Core(prepare(net), min(BATCH, len(prompts)), longest, mtp=net.mtp_layer is not None)
+    drafter = Drafter(core, draft_steps, adaptive=False)
+    scheduler = Scheduler(core, max_queue=len(prompts), prefix_tokens=0, drafter=drafter)
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    requests = [Request(str(number), list(prompt), params) for number, prompt in enumerate(prompts)]
+    for request in requests:
+        scheduler.check(request)
+        scheduler.submit(request)
+    while not scheduler.idle:
+        scheduler.step()
+    return [(r.spec, r.output) for r in requests]
+
+
+def _by_full_passes(
+    net: GlmMoeDsa, prompt: Sequence[int], draft_steps: int, max_new_tokens: int
+) -> tuple[Speculation, list[int]]:
+    spec = Speculation()
+    goal = min(len(prompt) + max_new_tokens, net.config.max_position_embeddings)
+    ids, hidden = _advance(net, list(prompt), [])
+    while len(ids) < goal:
+        drafts, before = _draft(net, ids, hidden, min(draft_steps, goal - len(ids))), len(ids)
+        ids, hidden = _advance(net, ids, drafts)
+        spec.count(len(drafts), len(ids) - before - 1)
+    return spec, ids[len(prompt) : goal]
 
 
 @torch.inference_mode()

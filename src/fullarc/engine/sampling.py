@@ -9,7 +9,13 @@ batch, and a sequence cut off and continued goes on as if it had not been.
 The log-prob returned with a token is that of the full softmax at the request's temperature, *before* forbidden tokens
 and top-k / top-p / min-p are cut away (SGLang's meaning); with temperature 0 (argmax, lowest id on ties) it is the one
 at temperature 1.
-Shape suffixes: N requests, V vocabulary.
+
+A row whose token has been drafted from a known distribution q is sampled by rejection (Leviathan et al. 2023, Alg. 1):
+
+    the draft d with probability min(1, p(d) / q(d)), otherwise a token from max(0, p - q) / sum
+
+so its distribution is p whatever q was; p and q are both truncated. Each draw has a stream of its own.
+Shape suffixes: N rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -23,6 +29,8 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
 MAX_TOP_LOGPROBS = 64
 MAX_LOGPROB_IDS = 1024
+# what a uniform number is for: one stream each, so that draws at one position are independent
+PLAIN, DRAFT, ACCEPT, RESIDUAL = 0, 0x5851F42D4C957F2D, 0xDA3E39CB94B95BDB, 0x2545F4914F6CDD1D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +108,14 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """One double in [0, 1) per (seed, position): two rounds of splitmix64, 52 bits kept.
+def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = PLAIN) -> np.ndarray:
+    """One double in [0, 1) per (seed, position) of a stream: two rounds of splitmix64, 52 bits kept.
 
     52 and not 53 so that u * total < total also after rounding: the last token is never overshot.
     """
     with np.errstate(over="ignore"):
-        mixed = _splitmix64(np.array(seeds, dtype=np.uint64)) + np.array(positions, dtype=np.uint64)
+        streams = np.array(seeds, dtype=np.uint64) ^ np.uint64(stream)
+        mixed = _splitmix64(streams) + np.array(positions, dtype=np.uint64)
         return (_splitmix64(mixed) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
@@ -123,29 +132,84 @@ def sample(
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     steered_NV: Tensor | None = None,
+    drafted: tuple[Sequence[int], Sequence[int], Tensor] | None = None,
 ) -> tuple[list[int], list[float]]:
     """Next token and its log-prob for each row; see the module's docstring. Modifies nothing.
 
     `steered_NV` are the logits to choose from, where penalties make them differ from those that log-probs tell of.
+    `drafted`: rows whose token was drafted, the drafts, and the probabilities [rows, V] that they were drawn from.
     """
     logp_NV = kept_NV = _logprobs(logits_NV, params)
     if steered_NV is not None and steered_NV is not logits_NV:
         logits_NV, kept_NV = steered_NV, _logprobs(steered_NV, params)
+    chances_NV, logits_NV = _chances(logits_NV, kept_NV, params)
+    seeds = [p.seed for p in params]
+    if chances_NV is None:
+        token_N = argmax(logits_NV)
+    else:
+        token_N = _inverse(chances_NV, uniforms(seeds, positions))
+        if drafted is not None and drafted[0]:
+            rows, drafts, q_MV = drafted
+            at_M, some = torch.tensor(rows), ([seeds[row] for row in rows], [positions[row] for row in rows])
+            token_N[at_M] = _rejection(chances_NV[at_M], torch.tensor(drafts), q_MV, *some)
+        if any(p.temperature == 0 for p in params):
+            greedy_N = torch.tensor([p.temperature == 0 for p in params])
+            token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
+    return token_N.tolist(), logp_NV.gather(1, token_N[:, None])[:, 0].tolist()
+
+
+@torch.inference_mode()
+def draft(
+    logits_NV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], independent: bool
+) -> tuple[list[int], Tensor | None]:
+    """Guesses of the tokens at `positions`, and what they were drawn from [N, V] where they are `independent`.
+
+    Otherwise they are drawn by the number that will draw the token itself, which makes equal draws likely.
+    """
+    chances_NV, logits_NV = _chances(logits_NV, _logprobs(logits_NV, params), params)
+    if chances_NV is None:
+        return argmax(logits_NV).tolist(), None
+    stream = DRAFT if independent else PLAIN
+    token_N = _inverse(chances_NV, uniforms([p.seed for p in params], positions, stream))
+    greedy_N = torch.tensor([p.temperature == 0 for p in params])
+    token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
+    return token_N.tolist(), chances_NV if independent else None
+
+
+def _chances(
+    logits_NV: Tensor, logp_NV: Tensor, params: Sequence[SamplingParams]
+) -> tuple[Tensor | None, Tensor]:
+    """What tokens are drawn from [N, V], None if all rows are greedy; and the logits of tokens that may be chosen."""
     never = [(row, token) for row, p in enumerate(params) for token in sorted(p.forbidden)]
     if never:
         at = torch.tensor(never).unbind(1)
-        kept_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (kept_NV, logits_NV))
+        logp_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (logp_NV, logits_NV))
+    if all(p.temperature == 0 for p in params):
+        return None, logits_NV
     if any(p.truncates for p in params):
-        kept_NV = _truncate(kept_NV, params)
-    cdf_NV = (
-        kept_NV.softmax(-1).double().cumsum(-1)
-    )  # softmax works row by row; exp's bits depend on the place
-    u_N = torch.from_numpy(uniforms([p.seed for p in params], positions))
-    token_N = torch.searchsorted(cdf_NV, (u_N * cdf_NV[:, -1])[:, None], right=True)[:, 0]
-    if any(p.temperature == 0 for p in params):
-        greedy_N = torch.tensor([p.temperature == 0 for p in params])
-        token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
-    return token_N.tolist(), logp_NV.gather(1, token_N[:, None])[:, 0].tolist()
+        logp_NV = _truncate(logp_NV, params)
+    # softmax works row by row; exp's bits depend on the place
+    return logp_NV.softmax(-1).double(), logits_NV
+
+
+def _inverse(chances_NV: Tensor, u: np.ndarray) -> Tensor:
+    """Tokens [N] at which the cumulative distributions pass `u`; the rows need not sum to one."""
+    cdf_NV = chances_NV.cumsum(-1)
+    return torch.searchsorted(cdf_NV, (torch.from_numpy(u) * cdf_NV[:, -1])[:, None], right=True)[:, 0]
+
+
+def _rejection(
+    p_MV: Tensor, drafts_M: Tensor, q_MV: Tensor, seeds: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """The draft where it is accepted, a token of the residual elsewhere; all [M]."""
+    at = drafts_M[:, None]
+    accepted_M = torch.from_numpy(uniforms(seeds, positions, ACCEPT)) * q_MV.gather(1, at)[
+        :, 0
+    ] < p_MV.gather(1, at).squeeze(1)
+    residual_MV = (p_MV - q_MV).clamp_min_(0.0)
+    # an accepted row's residual may be empty; what is drawn there is not used
+    other_M = _inverse(residual_MV, uniforms(seeds, positions, RESIDUAL)).clamp_max(p_MV.shape[-1] - 1)
+    return torch.where(accepted_M, drafts_M, other_M)
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Which rows run in the next step, and what becomes of every request.
 
 A request is a list of token ids of which the first `computed` have left their latents in a slot. Each step gives every
-running sequence whose prompt is done one row, and spends the rest of `chunk_tokens` on prompts in order of arrival;
-when the last known token of a sequence has been computed, the next one is sampled.
+running sequence whose prompt is done one row, and one more for each of its drafts, and spends `chunk_tokens` on prompts
+in order of arrival; when the last known token of a sequence has been computed, the next one is sampled.
 
 Invariants: every submitted request ends exactly once, in "stop", "length" or "abort", with all its tokens and
 log-probs; what a request gets never depends on the others; weights change only between steps, and each token records
@@ -22,6 +22,7 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.engine.cache import BLOCK, PrefixCache
 from fullarc.engine.core import Chunk, Core
+from fullarc.engine.draft import Drafter, Progress, Speculation
 from fullarc.engine.penalties import penalised
 from fullarc.engine.sampling import SamplingParams, chosen_logprobs, sample, top_logprobs
 from fullarc.engine.stops import StopWatch
@@ -49,6 +50,7 @@ class Request:
         input_top_logprobs, input_ids_logprobs: the same at each scored prompt token.
         wants_hidden: whether the last hidden state of the prompt is kept, as `hidden` [hidden_size].
         versions: [version, start, end] spans over the output tokens.
+        spec: drafts, and how many were accepted.
         finish: "" while it runs; then "stop" | "length" | "abort".
     """
 
@@ -76,6 +78,7 @@ class Request:
     arrived: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
+    spec: Speculation = field(default_factory=Speculation)
     # the scheduler's own
     slot: int = -1
     computed: int = 0
@@ -103,6 +106,32 @@ class Counters:
     steps: int = 0
     weight_updates: int = 0
     retracted: int = 0
+    spec: Speculation = field(default_factory=Speculation)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One request's share of a step: `chunk` holds `known` tokens and the drafts behind them, at `row` of the step."""
+
+    request: Request
+    chunk: Chunk
+    known: int
+    row: int
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is the last known token of a sequence that has been sampled from before."""
+        return self.known == 1 and self.chunk.start >= len(self.request.prompt)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A token, its log-prob, and the likeliest and the asked-for tokens in its place."""
+
+    token: int
+    logprob: float
+    top: list[tuple[float, int]]
+    told: list[tuple[float, int]]
 
 
 class Scheduler:
@@ -113,17 +142,20 @@ class Scheduler:
         max_queue: waiting requests beyond which `submit` raises QueueFullError.
         chunk_tokens: prompt rows per step at most.
         prefix_tokens: size of the prefix cache in tokens; 0 = none.
+        drafter: makes drafts, if there is one.
     """
 
     def __init__(
-        self, core: Core, max_queue: int = 4096, chunk_tokens: int = 512, prefix_tokens: int = 32768
-    ) -> None:
+        self, core: Core, max_queue: int = 4096, chunk_tokens: int = 512, prefix_tokens: int = 32768,
+        drafter: Drafter | None = None,
+    ) -> None:  # fmt: skip
         self.core, self.max_queue, self.chunk_tokens = core, max_queue, chunk_tokens
         self.prefix = PrefixCache(core.cache, prefix_tokens)
         self.waiting: deque[Request] = deque()
         self.running: dict[str, Request] = {}
         self.free = list(range(core.cache.slots))
         self.paused, self.admitting = False, True
+        self.drafter = drafter
         self.counters = Counters()
 
     @property
@@ -208,7 +240,8 @@ class Scheduler:
         """Send all running requests back to the queue's front; their latents are computed anew (after an update)."""
         for request in reversed(list(self.running.values())):
             self._release(request)
-            request.computed, request.hidden = 0, None
+            request.computed, request.hidden, request.spec.rows = 0, None, 1
+            request.spec.drafts.clear()
             for told in (request.input_logprobs, request.input_top_logprobs, request.input_ids_logprobs):
                 told.clear()
             self.waiting.appendleft(request)
@@ -232,28 +265,38 @@ class Scheduler:
     def step(self) -> None:
         """Admit, compute one batch, sample, and end what is done."""
         self._admit()
-        requests, chunks = self._plan()
-        if not chunks:
+        parts = self._plan()
+        if not parts:
             return
+        began = time.perf_counter()
         self.counters.steps += 1
-        hidden = self.core.forward(chunks)
-        last, row = list[tuple[Request, int]](), 0
-        for request, chunk in zip(requests, chunks, strict=True):
+        hidden = self.core.forward([part.chunk for part in parts])
+        last, prefilled, ends = list[_Part](), list[Request](), list[tuple[Request, str]]()
+        for part in parts:
+            request = part.request
             if request.score_from >= 0 and request.computed < len(request.prompt):
-                self._score(request, hidden, row, len(chunk.ids))
-            row += len(chunk.ids)
-            prefilling = request.computed < len(request.prompt)
-            request.computed += len(chunk.ids)
-            if prefilling and request.computed >= len(request.prompt):
-                self._publish(request)
+                self._score(request, hidden, part.row, part.known)
+            if request.computed < len(request.prompt) <= request.computed + part.known:
+                prefilled.append(request)
+            request.computed += part.known
             if request.computed == len(request.ids):
-                last.append((request, row - 1))
                 if request.wants_hidden and request.hidden is None:
-                    request.hidden = hidden[row - 1].tolist()
-        for request in [r for r, _ in last if r.params.max_new_tokens == 0]:
-            self._end(request, "length")
-        if wanted := [(r, at) for r, at in last if not r.finish]:
-            self._sample([r for r, _ in wanted], self.core.logits(hidden, [at for _, at in wanted]))
+                    request.hidden = hidden[part.row + part.known - 1].tolist()
+                if request.params.max_new_tokens == 0:
+                    ends.append((request, "length"))
+                else:
+                    last.append(part)
+        before = self.counters.generated_tokens
+        ends += self._sample(last, hidden) if last else []
+        if self.drafter:
+            self._draft(self.drafter, parts, hidden, dict(ends), before, began)
+        for request in prefilled:
+            self._publish(request)
+        for request, finish in ends:
+            self._end(request, finish)
+        for part in last:
+            if part.request.on_token and not part.request.finish:
+                part.request.on_token(part.request)
 
     def _admit(self) -> None:
         """Move waiting requests into free slots, each with the longest prefix the cache has."""
@@ -276,6 +319,9 @@ class Scheduler:
             request.slot = heapq.heappop(self.free)
             self.prefix.restore(blocks, request.slot)
             request.computed = len(blocks) * BLOCK
+            if self.drafter and blocks:
+                request.spec.rows = request.computed
+                request.computed -= 1  # once more: its state is what the MTP layer's next row joins
             request.cached_tokens = min(request.computed, len(request.prompt))
             request.cache_version = request.weight_version = self.version
             self.running[request.rid] = request
@@ -284,62 +330,110 @@ class Scheduler:
             self.counters.cached_tokens += request.computed
         self.waiting.extendleft(reversed(held))
 
-    def _plan(self) -> tuple[list[Request], list[Chunk]]:
-        """The step's requests and chunks, single rows first."""
-        single, several, budget = list[Request](), list[tuple[Request, int]](), self.chunk_tokens
+    def _plan(self) -> list[_Part]:
+        """The shares of the requests that take part in the step."""
+        parts, row, budget = list[_Part](), 0, self.chunk_tokens
         for request in self.running.values():
-            todo = len(request.ids) - request.computed
-            if todo == 1:
-                single.append(request)
-            elif budget > 0:
-                several.append((request, min(todo, budget)))
-                budget -= todo
-        # a chunk that the budget cut down to one token counts as a single row
-        several.sort(key=lambda entry: entry[1] > 1)
-        requests = single + [request for request, _ in several]
-        counts = [1] * len(single) + [count for _, count in several]
-        chunks = [
-            Chunk(r.slot, r.computed, r.ids[r.computed : r.computed + count])
-            for r, count in zip(requests, counts, strict=True)
-        ]
-        return requests, chunks
+            known = len(request.ids) - request.computed
+            if known > 1:
+                known, budget = min(known, max(budget, 0)), budget - known
+            if known:
+                ids = request.ids[request.computed : request.computed + known] + request.spec.drafts
+                parts.append(_Part(request, Chunk(request.slot, request.computed, ids), known, row))
+                row += len(ids)
+        return parts
 
-    def _sample(self, requests: list[Request], logits: torch.Tensor) -> None:
-        params = [r.params for r in requests]
-        steered = penalised(logits, params, [r.prompt for r in requests], [r.ids for r in requests])
-        tokens, logprobs = sample(logits, params, [len(r.ids) for r in requests], steered)
-        if any(p.logprob_ids for p in params):
-            for request, told in zip(requests, chosen_logprobs(logits, params), strict=True):
-                request.ids_logprobs += [told] if request.params.logprob_ids else []
-        if any(r.params.top_logprobs for r in requests):
-            for request, best in zip(
-                requests, top_logprobs(logits, [r.params for r in requests]), strict=True
-            ):
-                request.top_logprobs += [best] if request.params.top_logprobs else []
-        now, version = time.monotonic(), self.version
-        self.counters.generated_tokens += len(tokens)
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            request.ids.append(token)
-            request.logprobs.append(logprob)
-            count = len(request.logprobs)
-            if request.versions and request.versions[-1][0] == version:
-                request.versions[-1] = (version, request.versions[-1][1], count)
-            else:
-                request.versions.append((version, count - 1, count))
-            request.weight_version = version
-            request.first_token = request.first_token or now
-            armed = count > request.params.min_new_tokens
-            text = request.stops.feed(token, armed) if request.stops else None
-            if armed and token in request.params.stop_ids:
-                request.matched = token
-                self._end(request, "stop")
-            elif text is not None:
-                request.matched = text
-                self._end(request, "stop")
-            elif count >= request.params.max_new_tokens or len(request.ids) >= self.max_len:
-                self._end(request, "length")
-            elif request.on_token:
-                request.on_token(request)
+    def _sample(self, parts: list[_Part], hidden: torch.Tensor) -> list[tuple[Request, str]]:
+        """Sample behind the last known token of each part and behind its drafts; returns who ends, and how."""
+        rows, owners, ids = list[int](), list[Request](), list[list[int]]()
+        drafted, drafts, q = list[int](), list[int](), list[torch.Tensor]()
+        for part in parts:
+            request, first, guesses = part.request, part.row + part.known - 1, part.request.spec.drafts
+            if request.params.temperature > 0 and request.spec.probabilities:
+                drafted += range(len(rows), len(rows) + len(guesses))
+                drafts += guesses
+                q += request.spec.probabilities
+            rows += range(first, first + 1 + len(guesses))
+            owners += [request] * (1 + len(guesses))
+            ids += [request.ids, *(request.ids + guesses[:n] for n in range(1, len(guesses) + 1))]
+        logits, params = self.core.logits(hidden, rows), [request.params for request in owners]
+        steered = penalised(logits, params, [request.prompt for request in owners], ids)
+        known = (drafted, drafts, torch.stack(q)) if q else None
+        sampled = zip(*sample(logits, params, [len(i) for i in ids], steered, known), strict=True)
+        nothing: list[list[tuple[float, int]]] = [[]] * len(rows)
+        tops = top_logprobs(logits, params) if any(p.top_logprobs for p in params) else nothing
+        told = chosen_logprobs(logits, params) if any(p.logprob_ids for p in params) else nothing
+        choices = iter([_Choice(*choice, *more) for choice, *more in zip(sampled, tops, told, strict=True)])
+        return [
+            (part.request, finish)
+            for part in parts
+            if (
+                finish := self._commit(
+                    part.request, [next(choices) for _ in range(1 + len(part.request.spec.drafts))]
+                )
+            )
+        ]
+
+    def _commit(self, request: Request, choices: list[_Choice]) -> str:
+        """Append the drafts that were right and the token behind them; how the request ends with that, or ""."""
+        drafts, accepted, finish = request.spec.drafts, 0, ""
+        while accepted < len(drafts) and choices[accepted].token == drafts[accepted]:
+            accepted += 1
+        if drafts:
+            request.spec.count(len(drafts), accepted)
+            self.counters.spec.count(len(drafts), accepted)
+        request.first_token = request.first_token or time.monotonic()
+        for choice in choices[: accepted + 1]:
+            if finish := self._append(request, choice):
+                break
+        request.computed = len(request.ids) - 1
+        return finish
+
+    def _append(self, request: Request, choice: _Choice) -> str:
+        """Append one sampled token; how the request ends with it, or ""."""
+        token, version = choice.token, self.version
+        request.ids.append(token)
+        request.logprobs.append(choice.logprob)
+        request.top_logprobs += [choice.top] if request.params.top_logprobs else []
+        request.ids_logprobs += [choice.told] if request.params.logprob_ids else []
+        count = len(request.logprobs)
+        self.counters.generated_tokens += 1
+        if request.versions and request.versions[-1][0] == version:
+            request.versions[-1] = (version, request.versions[-1][1], count)
+        else:
+            request.versions.append((version, count - 1, count))
+        request.weight_version = version
+        armed = count > request.params.min_new_tokens
+        text = request.stops.feed(token, armed) if request.stops else None
+        if armed and token in request.params.stop_ids:
+            request.matched = token
+            return "stop"
+        if text is not None:
+            request.matched = text
+            return "stop"
+        return "length" if count >= request.params.max_new_tokens or len(request.ids) >= self.max_len else ""
+
+    def _draft(
+        self, drafter: Drafter, parts: list[_Part], hidden: torch.Tensor, ends: dict[Request, str], before: int,
+        began: float,
+    ) -> None:  # fmt: skip
+        """Let the MTP layer follow and draft for the next step; tell its pace what this one took."""
+        decoding = len(parts) - len(ends)
+        quiet = not self.waiting and all(r.computed == len(r.ids) - 1 for r in self.running.values())
+        steps = drafter.steps_for(decoding, quiet)
+        drafter.advance(
+            [
+                Progress(r.spec, r.params, r.slot, r.ids, r.computed, part.chunk.start, part.row,
+                         0 if r in ends or r.computed != len(r.ids) - 1 or not r.output else min(
+                             r.params.max_new_tokens - len(r.logprobs), self.max_len - len(r.ids)) - 1)
+                for part in parts for r in (part.request,)
+            ],
+            hidden, steps,
+        )  # fmt: skip
+        used = max(len(part.chunk.ids) - part.known for part in parts)
+        if drafter.pace and used == steps and all(part.decodes for part in parts):
+            tokens = self.counters.generated_tokens - before
+            drafter.pace.record(len(parts), steps, tokens, time.perf_counter() - began)
 
     def _score(self, request: Request, hidden: torch.Tensor, row: int, count: int) -> None:
         """Append log-probs (temperature 1) of the prompt tokens that follow `count` rows from `row` on."""

@@ -113,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="bf16: half the memory; fp8: emulated"
     )
+    parser.add_argument(
+        "--speculative-num-steps",
+        type=int,
+        default=0,
+        help="tokens that the MTP layer drafts ahead, at most 4",
+    )
+    parser.add_argument(
+        "--speculative-use-rejection-sampling", action="store_true", help="accept more drafts when sampling"
+    )
     parser.add_argument("--detach", action="store_true", help="go on when the parent process has died")
     return parser
 
@@ -133,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
             args.threads,
             weight_version=args.weight_version,
             dtype=args.dtype,
+            draft_steps=args.speculative_num_steps,
+            rejection=args.speculative_use_rejection_sampling,
         )
         engine.scheduler.max_queue = args.max_queue
         try:

@@ -34,7 +34,7 @@ from fullarc.engine.products import (
     Product,
 )
 from fullarc.model import GlmMoeDsa
-from fullarc.model.glm import DecoderLayer
+from fullarc.model.glm import DecoderLayer, MTPLayer
 from fullarc.model.mla import MLA
 from fullarc.model.moe import FFN, MoE, Router
 from fullarc.model.ops import rope_tables
@@ -90,6 +90,17 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class MTPWeights:
+    """The MTP layer: `join` 2D -> D of [embedding; state], one decoder layer, and the norm of what it carries on."""
+
+    enorm: Tensor
+    hnorm: Tensor
+    join: Product
+    layer: LayerWeights
+    norm: Tensor
+
+
+@dataclass(frozen=True)
 class EngineWeights:
     """Everything a forward pass reads; `version` names it in replies and keys the prefix cache."""
 
@@ -102,6 +113,7 @@ class EngineWeights:
     cos: Tensor
     sin: Tensor
     dtype: str = "fp32"
+    mtp: MTPWeights | None = None
 
 
 class AbsorbedQueries:
@@ -268,6 +280,11 @@ def _layer(layer: nn.Module, config: ModelConfig, dtype: str) -> LayerWeights:
     )
 
 
+def _mtp(mtp: MTPLayer, config: ModelConfig, dtype: str) -> MTPWeights:
+    join = _fuse([_Part(mtp.eh_proj.weight)], dtype)
+    return MTPWeights(mtp.enorm.weight, mtp.hnorm.weight, join, _layer(mtp, config, dtype), mtp.norm.weight)
+
+
 @torch.no_grad()
 def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> EngineWeights:
     """Fuse the weights of `model` (any dtype) for computing in `dtype`; matrices of integers stay so in all of them.
@@ -287,4 +304,6 @@ def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> Engine
     outer = _torch(dtype)
     head = Dense(model.lm_head.weight.to(outer))
     embed = model.embed_tokens.weight.to(outer)
-    return EngineWeights(config, version, embed, layers, model.norm.weight, head, cos, sin, dtype)
+    # separate layers for each step are for comparisons: nothing is drafted with them
+    mtp = _mtp(model.mtp_layers[0], config, dtype) if len(model.mtp_layers) == 1 else None
+    return EngineWeights(config, version, embed, layers, model.norm.weight, head, cos, sin, dtype, mtp)

@@ -76,7 +76,6 @@ def accept_length(model_dir: Path, prompts: Sequence[Sequence[int]]) -> Score | 
     model = load_model(model_dir)
     if model.mtp_layer is None or not prompts:
         return None
-    results = [mtp_accept_length(model, [prompt], DRAFT_STEPS, MTP_NEW_TOKENS) for prompt in prompts]
-    steps = [float(result.verify_steps) for result in results]
-    tokens = [result.mean * result.verify_steps for result in results]
+    result = mtp_accept_length(model, prompts, DRAFT_STEPS, MTP_NEW_TOKENS)
+    steps, tokens = [float(n) for n in result.steps], [float(n) for n in result.tokens]
     return Score(math.fsum(tokens) / math.fsum(steps), stats.ratio_error(tokens, steps), len(steps))

@@ -320,7 +320,7 @@ def _mtp(lab: Lab, seed: int, steps: int, layers: int) -> dict[str, Any]:
     lab.tell(f"{what}, seed {seed}: drafting")
     held = held_rows(lab.tok, lab.held, scale.short.seq_len, 4 * scale.held_rows)
     prompts = held.ids_BT[: scale.prompts, :PROMPT_TOKENS].tolist()
-    accepted = mtp_accept_length(model, prompts, DRAFTS, NEW_TOKENS)
+    accepted = mtp_accept_length(model, prompts, DRAFTS, NEW_TOKENS, full_passes=True)
     return {
         "metrics": {"accept": accepted.mean, "bpb": bits_per_byte(model, lab.tok, held)}
         | {f"draft_{i}": share for i, share in enumerate(accepted.per_position, start=1)},

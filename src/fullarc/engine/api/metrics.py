@@ -5,6 +5,7 @@ Invariant: everything is counted once, by the engine's thread or at a request's 
 
 from collections.abc import Iterator
 
+from fullarc.engine.draft import MAX_DRAFTS
 from fullarc.engine.scheduler import Request, Scheduler
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -94,6 +95,8 @@ def prometheus(s: Scheduler, latencies: Latencies, busy_s: float) -> str:
         "vllm:kv_cache_usage_perc": used / capacity,
         "fullarc:paused": int(s.paused),
         "fullarc:prefix_cache_tokens": len(s.prefix),
+        "sglang:spec_accept_length": c.spec.accept_length,
+        "sglang:spec_accept_rate": c.spec.accept_rate,
     }
     counters = {
         "sglang:prompt_tokens_total": c.prompt_tokens,
@@ -107,6 +110,9 @@ def prometheus(s: Scheduler, latencies: Latencies, busy_s: float) -> str:
         "vllm:prefix_cache_queries_total": c.prompt_tokens,
         "vllm:prefix_cache_hits_total": c.cached_tokens,
         "vllm:num_preemptions_total": c.retracted,
+        "vllm:spec_decode_num_drafts_total": c.spec.verified,
+        "vllm:spec_decode_num_draft_tokens_total": c.spec.proposed,
+        "vllm:spec_decode_num_accepted_tokens_total": c.spec.accepted,
         "fullarc:weight_updates_total": c.weight_updates,
         "fullarc:engine_steps_total": c.steps,
         "fullarc:engine_busy_seconds_total": busy_s,
@@ -115,6 +121,11 @@ def prometheus(s: Scheduler, latencies: Latencies, busy_s: float) -> str:
     for kind, values in (("gauge", gauges), ("counter", counters)):
         for name, value in values.items():
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    lines.append(f"# TYPE {name} counter")
+    lines += [
+        f'{name}{{position="{place}"}} {sum(c.spec.histogram[place + 1 :])}' for place in range(MAX_DRAFTS)
+    ]
     config = f'block_size="1",num_gpu_blocks="{capacity}",kv_cache_size_tokens="{capacity}"'
     lines += ["# TYPE vllm:num_requests_waiting_by_reason gauge", "# TYPE vllm:cache_config_info gauge"]
     lines += [f'vllm:num_requests_waiting_by_reason{{reason="capacity"}} {waiting}']

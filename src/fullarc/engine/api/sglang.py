@@ -140,6 +140,8 @@ class Teller:
             "weight_version": request.weight_version,
             "weight_versions": [[version, a, min(b, count)] for version, a, b in request.versions],
         }
+        if request.spec.verified:
+            meta |= request.spec.told(len(output))
         if ended:
             meta["e2e_latency"] = request.ended - request.arrived
         if self.logprobs:

@@ -1,0 +1,274 @@
+"""Speculative decoding changes when tokens come, and nothing else."""
+
+import math
+
+import pytest
+import torch
+
+from fullarc.config.errors import FullarcError
+from fullarc.engine import Engine, SamplingParams
+from fullarc.engine.draft import KEPT_STATES, Pace
+from fullarc.engine.sampling import draft, sample
+from fullarc.engine.scheduler import Request
+from fullarc.model import save_model
+
+PROMPTS = [[5, 9, 13, 2] * 20, list(range(1, 60)), [7], [3 + (i * i) % 80 for i in range(150)]]
+
+
+class Steady:
+    """A pace that follows a given rhythm instead of a clock."""
+
+    def __init__(self, *rhythm):
+        self.rhythm, self.step = rhythm, 0
+
+    def choose(self, batch, quiet):
+        self.step += 1
+        return self.rhythm[self.step % len(self.rhythm)]
+
+    def record(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def likely(tmp_path_factory, build):
+    """A model whose MTP layer guesses well: its layers add little, so both see mostly the last token."""
+    model = build()
+    with torch.no_grad():
+        for layer in (*model.layers, model.mtp_layer):
+            layer.self_attn.o_proj.weight *= 0.2
+            for name, weight in layer.mlp.named_parameters():
+                weight *= 0.05 if "down" in name else 1.0
+        half = model.config.hidden_size
+        model.mtp_layer.eh_proj.weight.zero_()
+        model.mtp_layer.eh_proj.weight[:, :half] = torch.eye(half) * 2
+        model.lm_head.weight *= 3
+    folder = tmp_path_factory.mktemp("likely")
+    save_model(model, folder)
+    return folder
+
+
+def engine(folder, steps=0, pace=None, **kwargs):
+    made = Engine(folder, **(dict(max_batch=4, max_len=256, chunk_tokens=48) | kwargs), draft_steps=steps)
+    if steps:
+        made.scheduler.drafter.pace = pace
+    return made
+
+
+def spec(made):
+    return made.scheduler.counters.spec
+
+
+def same(ours, theirs):
+    return [(o.token_ids, o.logprobs, o.top_logprobs, o.finish_reason) for o in ours] == [
+        (o.token_ids, o.logprobs, o.top_logprobs, o.finish_reason) for o in theirs
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_output_is_that_of_plain_decoding_to_the_bit(shaped, steps, temperature):
+    wanted = dict(max_new_tokens=40, temperature=temperature, top_p=0.9, stop_ids=(), top_logprobs=3, seed=4)
+    plain = engine(shaped[1]).generate(PROMPTS, **wanted)
+    made = engine(shaped[1], steps)
+    assert same(made.generate(PROMPTS, **wanted), plain)
+    assert spec(made).proposed > 0
+    assert same(made.generate(PROMPTS, **wanted), plain), "from the prefix cache"
+
+
+def test_accepted_drafts_save_steps(likely):
+    wanted = dict(max_new_tokens=60, temperature=0.0, stop_ids=(), forbidden_ids=[4, 5])
+    plain, made = engine(likely), engine(likely, 4)
+    assert same(made.generate(PROMPTS, **wanted), plain.generate(PROMPTS, **wanted))
+    counted = spec(made)
+    assert 1.5 < counted.accept_length <= 5
+    assert made.scheduler.counters.steps < 0.8 * plain.scheduler.counters.steps
+    assert sum(counted.histogram) == counted.verified
+    assert sum(n * times for n, times in enumerate(counted.histogram)) == counted.accepted
+    assert counted.accept_length == pytest.approx(1 + sum(counted.per_position(4)))
+
+
+def test_a_stop_token_among_accepted_drafts_ends_the_completion_there(likely):
+    free = engine(likely).generate(PROMPTS, 40, temperature=0.0, stop_ids=())
+    ends = [sorted(set(output.token_ids))[len(set(output.token_ids)) // 2] for output in free]
+    for stop in ends:
+        wanted = dict(max_new_tokens=40, temperature=0.0, stop_ids=[stop])
+        assert same(engine(likely, 4).generate(PROMPTS, **wanted), engine(likely).generate(PROMPTS, **wanted))
+
+
+@pytest.mark.parametrize("rhythm", [(0, 4), (0, 0, 0, 1, 3), (2, 0, 0, 4, 1), (*(0,) * (KEPT_STATES + 9), 4)])
+def test_drafting_may_pause_at_any_time(likely, rhythm):
+    wanted = dict(max_new_tokens=100, temperature=0.7, stop_ids=(), seed=2)
+    made = engine(likely, 4, Steady(*rhythm))
+    assert same(made.generate(PROMPTS, **wanted), engine(likely).generate(PROMPTS, **wanted))
+    assert spec(made).accepted > 0
+
+
+def test_a_pause_leaves_no_hole_in_the_mtp_layers_rows(likely):
+    rows = []
+    for pace in (None, Steady(*(0,) * 17, 4)):
+        made = engine(likely, 4, pace, max_batch=1, prefix_tokens=0)
+        made.generate([PROMPTS[1]], 30, temperature=0.0, stop_ids=())
+        rows.append(made.scheduler.core.cache.values[-1, 0, 1:70].clone())
+    assert torch.equal(*rows)
+
+
+def test_drafts_are_those_of_the_training_layer(shaped):
+    """The first draft is what the trainer's MTP layer predicts behind the last known token."""
+    model, folder = shaped
+    made = engine(folder, 1, chunk_tokens=512)
+    for prompt in PROMPTS[:2]:
+        request = Request(f"{len(prompt)}", prompt, SamplingParams(max_new_tokens=9, temperature=0.0))
+        made.scheduler.submit(request)
+        made.scheduler.step()
+        seen = 0
+        while not request.finish and request.spec.drafts:
+            with torch.no_grad():
+                full = torch.tensor([request.ids])
+                state = model.mtp(model.trunk(full).hidden_BTD, full, steps=1).hidden[0][0, -2]
+                assert request.spec.drafts == [int(model.lm_head(state).argmax())]
+            seen += 1
+            made.scheduler.step()
+        assert seen > 3
+        while not made.scheduler.idle:
+            made.scheduler.step()
+
+
+def test_weights_may_change_and_requests_may_go_while_drafts_are_pending(likely, checkpoints):
+    wanted = SamplingParams(max_new_tokens=30, temperature=0.0)
+    outcomes = []
+    for steps in (0, 3):
+        made = engine(checkpoints["v0"], steps)
+        requests = [Request(str(n), list(p), wanted) for n, p in enumerate(PROMPTS)]
+        for request in requests:
+            made.scheduler.submit(request)
+        while len(requests[0].logprobs) < 6:
+            made.scheduler.step()
+        assert made.scheduler.abort("1") == 1
+        made.scheduler.retract()
+        while not made.scheduler.idle:
+            made.scheduler.step()
+        assert len(made.scheduler.free) == 4
+        outcomes.append([r.ids for r in requests if r.rid != "1"])
+        # swapped in the middle, drafts pending: tokens after the swap come from the new weights
+        late = Request("late", PROMPTS[0], wanted)
+        made.scheduler.submit(late)
+        while len(late.logprobs) < 8:
+            made.scheduler.step()
+        made.update_weights(checkpoints["v1"], "1")
+        while not made.scheduler.idle:
+            made.scheduler.step()
+        assert [v for v, _, _ in late.versions] == ["0", "1"] and late.versions[-1][2] == 30
+    assert outcomes[0] == outcomes[1]
+
+
+def test_drafts_stop_where_room_ends(likely):
+    for length, new in ((250, 50), (20, 1), (20, 2), (253, 3)):
+        prompt = [[1 + i % 90 for i in range(length)]]
+        plain = engine(likely).generate(prompt, new, temperature=0.0, stop_ids=())
+        assert same(engine(likely, 4).generate(prompt, new, temperature=0.0, stop_ids=()), plain)
+
+
+def test_what_cannot_draft_is_refused(checkpoints, tmp_path, build):
+    with pytest.raises(FullarcError, match="1 to 4"):
+        Engine(checkpoints["v0"], draft_steps=5)
+    model = build()
+    model.config = model.config.model_copy(update={"num_nextn_predict_layers": 0})
+    model.mtp_layer = None
+    save_model(model, tmp_path)
+    with pytest.raises(FullarcError, match="no MTP layer"):
+        Engine(tmp_path, draft_steps=2)
+
+
+# --- rejection sampling ---------------------------------------------------------------------------------------------
+
+TARGET = torch.tensor([1.5, 0.0, -1.0, 2.0, 0.5, -3.0])
+OTHER = torch.tensor([0.0, 1.0, -0.5, 2.5, -4.0, 1.0])
+QUANTILE = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5}
+CUTS = [
+    ({}, {0, 1, 2, 3, 4, 5}),
+    (dict(temperature=2.0), {0, 1, 2, 3, 4, 5}),
+    (dict(top_k=3), {0, 3, 4}),
+    (dict(top_p=0.75), {0, 3}),
+    (dict(min_p=0.1), {0, 1, 3, 4}),
+    (dict(forbidden=frozenset({3})), {0, 1, 2, 4, 5}),
+]
+
+
+@pytest.mark.parametrize("cut, support", CUTS)
+def test_rejection_keeps_the_distribution_whatever_the_drafts(cut, support):
+    count = 8000
+    params = [SamplingParams(seed=seed, **cut) for seed in range(count)]
+    places = [seed % 5 for seed in range(count)]
+    drafts, q = draft(OTHER.expand(count, -1), params, places, independent=True)
+    tokens, logprobs = sample(TARGET.expand(count, -1), params, places, drafted=(range(count), drafts, q))
+    kept = TARGET.double() / cut.get("temperature", 1.0)
+    kept = (
+        kept.masked_fill(torch.tensor([v not in support for v in range(6)]), -math.inf).softmax(-1).tolist()
+    )
+    assert set(tokens) <= support
+    chi = sum((tokens.count(v) - count * kept[v]) ** 2 / (count * kept[v]) for v in support)
+    assert chi < QUANTILE[len(support) - 1]
+    accepted = sum(a == b for a, b in zip(tokens, drafts, strict=True)) / count
+    assert accepted == pytest.approx(float(torch.minimum(torch.tensor(kept), q[0]).sum()), abs=0.02)
+    whole = (TARGET.double() / cut.get("temperature", 1.0)).log_softmax(-1)
+    assert logprobs == pytest.approx([float(whole[t]) for t in tokens], abs=1e-5)
+
+
+def test_pairs_of_tokens_keep_their_distribution_end_to_end(likely):
+    """First two tokens of one prompt over many seeds, with and without drafts: a chi-square test of homogeneity."""
+    seeds, prompt = range(1500), PROMPTS[0][:20]
+    wanted = dict(max_new_tokens=3, temperature=1.5, top_k=3, stop_ids=(), forbidden_ids=[4])
+    made = Engine(likely, max_batch=64, max_len=64, draft_steps=2, rejection=True)
+    drafted = made.generate([prompt] * len(seeds), seeds=seeds, **wanted)
+    plain = engine(likely, max_batch=64).generate(
+        [prompt] * len(seeds), seeds=[s + 10**6 for s in seeds], **wanted
+    )
+    assert spec(made).accepted > 200 and spec(made).accepted < spec(made).proposed
+    tables = [{}, {}]
+    for table, outputs in zip(tables, (drafted, plain), strict=True):
+        for output in outputs:
+            key = tuple(output.token_ids)
+            table[key] = table.get(key, 0) + 1
+    common = [key for key in {*tables[0], *tables[1]} if sum(t.get(key, 0) for t in tables) >= 10]
+    chi = sum(
+        (tables[0].get(k, 0) - tables[1].get(k, 0)) ** 2 / sum(t.get(k, 0) for t in tables) for k in common
+    )
+    freedom = len(common) - 1
+    assert freedom >= 5
+    assert chi < freedom + 3.1 * math.sqrt(2 * freedom) + 6, (
+        "99.9 % quantile, Wilson and Hilferty's bound rounded up"
+    )
+
+
+def test_with_rejection_a_seed_decides_everything(likely):
+    made = Engine(likely, max_batch=4, max_len=128, draft_steps=3, rejection=True)
+    wanted = dict(max_new_tokens=20, temperature=1.0, stop_ids=())
+    alone = [made.generate([p], seeds=[n], **wanted)[0] for n, p in enumerate(PROMPTS[:3])]
+    together = made.generate(PROMPTS[:3], seeds=[0, 1, 2], **wanted)
+    assert same(alone, together)
+    scores = made.score([p + o.token_ids for p, o in zip(PROMPTS, together, strict=False)])
+    for prompt, output, row in zip(PROMPTS, together, scores, strict=False):
+        assert row[len(prompt) :] == output.logprobs
+
+
+# --- pace -------------------------------------------------------------------------------------------------------------
+
+
+def follow(pace, batch, cost, tokens, steps=600):
+    chosen = []
+    for _ in range(steps):
+        drafts = pace.choose(batch, quiet=True)
+        chosen.append(drafts)
+        pace.record(batch, drafts, tokens[drafts], cost[drafts])
+    return chosen
+
+
+def test_the_pace_finds_what_is_fastest_and_follows_changes():
+    pace, tokens = Pace(3), [1.0, 1.8, 2.2, 2.3]
+    assert pace.choose(1, quiet=False) == 0, "nothing is drafted before it has been measured"
+    cheap, dear = [1.0, 1.2, 1.4, 1.9], [1.0, 2.0, 3.0, 4.0]
+    assert follow(pace, 1, cheap, tokens)[-300:].count(2) > 280
+    assert pace.choose(1, quiet=False) == 2
+    assert follow(pace, 40, dear, tokens)[-300:].count(0) > 280, "another size of batch, another choice"
+    assert follow(pace, 1, dear, tokens)[-300:].count(0) > 280
+    assert follow(pace, 40, cheap, tokens, 5000)[-300:].count(2) > 280
