@@ -103,13 +103,17 @@ def test_drafting_may_pause_at_any_time(likely, rhythm):
     assert spec(made).accepted > 0
 
 
-def test_a_pause_leaves_no_hole_in_the_mtp_layers_rows(likely):
+def test_pauses_and_prefix_hits_leave_no_hole_in_the_mtp_layers_rows(checkpoints):
     rows = []
-    for pace in (None, Steady(*(0,) * 17, 4)):
-        made = engine(likely, 4, pace, max_batch=1, prefix_tokens=0)
+    for pace, again in ((None, False), (Steady(*(0,) * 17, 4), False), (None, True)):
+        made = engine(checkpoints["v0"], 4, pace, max_batch=1, prefix_tokens=512 * again)
         made.generate([PROMPTS[1]], 30, temperature=0.0, stop_ids=())
+        if again:
+            made.scheduler.core.cache.values.zero_()
+            output = made.generate([PROMPTS[1]], 30, temperature=0.0, stop_ids=())[0]
+            assert output.cached_tokens == 47  # the last of three blocks' tokens is computed once more
         rows.append(made.scheduler.core.cache.values[-1, 0, 1:70].clone())
-    assert torch.equal(*rows)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
 def test_drafts_are_those_of_the_training_layer(shaped):
