@@ -2,6 +2,7 @@
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
 fullarc bench train|dsa|topk [--json] [--save]
+fullarc bench engine [--part NAME…] [--size tiny|2m] [--checkpoint DIR] [--json] [--save]
 fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
 `--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
@@ -32,6 +33,7 @@ AREAS = {
     "dsa": "sparse against dense attention, by length",
     "topk": "a forward pass against decoding, with and without a rule for ties",
     "paper": "the paper's ablation tables in miniature",
+    "engine": "the engine against transformers, and with itself",
 }
 """Each is a module `bench_AREA` with `measure(options)`, from its options to {"claims": […]} with "machine" where that
 is not this one, and where it needs them `options(parser)`, which adds its own, and `show(result)`, for a terminal."""
