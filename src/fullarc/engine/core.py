@@ -32,6 +32,7 @@ from fullarc.engine.weights import (
     padded_heads,
 )
 from fullarc.model.moe import ROW_BLOCK, dispatch
+from fullarc.model.pieces import Scratch
 
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
 # at the end of a tensor with other code and other last bits, so there must be nothing left over.
@@ -54,7 +55,7 @@ class _Batch:
     Attributes:
         cos, sin: [N, R], once for each half.
         gather: rows in the order of the grids; back: for each row its place there.
-        biases: what each grid's queries see in the present layer, as 0 | -inf; layers without an indexer keep it.
+        choices: what each grid's queries see in the present layer (see `choose`); layers without an indexer keep it.
     """
 
     slots_N: Tensor
@@ -64,7 +65,7 @@ class _Batch:
     grids: list[Grid]
     gather: Tensor
     back_N: Tensor
-    biases: list[Tensor]
+    choices: list[Tensor]
 
 
 class Core:
@@ -76,6 +77,7 @@ class Core:
     def __init__(self, weights: EngineWeights, slots: int, max_len: int, mtp: bool = False) -> None:
         self.weights = weights
         self.cache = Cache(weights.config, slots, max_len, mtp)
+        self._scratch = Scratch()
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
@@ -131,7 +133,9 @@ class Core:
             positions += range(chunk.start, chunk.start + len(chunk.ids))
         rows = itertools.accumulate((len(chunk.ids) for chunk in chunks), initial=0)
         runs = [Run(c.slot, c.start, row, len(c.ids)) for c, row in zip(chunks, rows, strict=False)]
-        together = grids(runs, first)
+        c = self.weights.config
+        topk = self.cache.max_len if c.dense_attention else c.index_topk
+        together = grids(runs, topk, first)
         gather = [row for grid in together for row in grid.rows]
         place = {row: at for at, row in enumerate(gather)}
         padding = -len(ids) % PADDED_ROWS
@@ -168,7 +172,7 @@ class Core:
         rotate(new_keys[:, c.kv_lora_rank :][:, : 2 * rope].unflatten(-1, (-1, rope)), cos, sin)
         keys, values = self.cache.keys[number], self.cache.values[number]
         keys[batch.slots_N, : new_keys.shape[1], batch.positions_N] = new_keys
-        values[batch.slots_N, batch.positions_N] = latent
+        values[batch.slots_N, batch.positions_N] = new_keys[:, : self.cache.width]
 
         q_latent = _norm(q_latent, w.q_norm, eps)
         q_NAW = w.q(q_latent).unflatten(-1, (padded_heads(c), self.cache.width))
@@ -182,13 +186,13 @@ class Core:
             rotate(iq_NJI[..., :rope], cos, sin)
             iq_NJI = iq_NJI.index_select(0, batch.gather)
             w_NJ = for_index[:, c.index_head_dim :].index_select(0, batch.gather)
-            batch.biases = [
-                choose(iq_NJI[own], w_NJ[own], grid, keys, topk)
+            batch.choices = [
+                choose(iq_NJI[own], w_NJ[own], grid, keys, topk, self._scratch)
                 for own, grid in zip(parts_of, batch.grids, strict=True)
             ]
         outs = [
-            attend(q_NAW[own], bias_NS, grid, keys, values)
-            for own, bias_NS, grid in zip(parts_of, batch.biases, batch.grids, strict=True)
+            attend(q_NAW[own], choice, grid, keys, values, c.kv_lora_rank)
+            for own, choice, grid in zip(parts_of, batch.choices, batch.grids, strict=True)
         ]
         return w.out(torch.cat(outs).index_select(0, batch.back_N).flatten(1))
 
