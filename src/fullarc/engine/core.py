@@ -1,7 +1,7 @@
 """The forward pass of a batch that mixes decoding and chunks of prompts (continuous batching).
 
 A step is a flat list of token rows, each with its slot and position: the chunks of prompts, the last tokens and drafts
-of decoding sequences, then padding to a multiple of PADDED_ROWS. All products see the flat rows; only attention knows
+of decoding sequences, then padding to whole blocks of rows. All products see the flat rows; only attention knows
 about sequences.
 
 The MTP layer is one more layer with a cache of its own. Its row p joins token p with the trunk's state at p - 1 (in
@@ -36,7 +36,7 @@ from fullarc.model.pieces import Scratch
 
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
 # at the end of a tensor with other code and other last bits, so there must be nothing left over.
-PADDED_ROWS = 32
+VECTORS = 32
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class _Batch:
     """A step's rows as tensors, and the grids that attention splits them into.
 
     Attributes:
+        rows: those that are no padding.
         cos, sin: [N, R], once for each half.
         gather: rows in the order of the grids; back: for each row its place there.
         choices: what each grid's queries see in the present layer (see `choose`); layers without an indexer keep it.
     """
 
+    rows: int
     slots_N: Tensor
     positions_N: Tensor
     cos: Tensor
@@ -78,6 +80,9 @@ class Core:
         self.weights = weights
         self.cache = Cache(weights.config, slots, max_len, mtp)
         self._scratch = Scratch()
+        c = weights.config
+        widths = c.n_routed_experts, c.moe_intermediate_size, c.intermediate_size
+        self._block = ROW_BLOCK if all(ROW_BLOCK * width % VECTORS == 0 for width in widths) else VECTORS
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
@@ -121,7 +126,7 @@ class Core:
         h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
         normed = _norm(h_ND, layer.ffn_norm, self.weights.config.rms_norm_eps)
         if isinstance(layer.ffn, MoEWeights):
-            return h_ND + _moe(layer.ffn, normed)
+            return h_ND + _moe(layer.ffn, normed, batch.rows)
         return h_ND + _ffn(layer.ffn, normed)
 
     def _batch(self, chunks: list[Chunk], first: int = 0) -> tuple[Tensor, _Batch]:
@@ -138,10 +143,11 @@ class Core:
         together = grids(runs, topk, first)
         gather = [row for grid in together for row in grid.rows]
         place = {row: at for at, row in enumerate(gather)}
-        padding = -len(ids) % PADDED_ROWS
+        padding = -len(ids) % self._block
         slots_N = torch.tensor(slots + [self.cache.padding_slot] * padding)
         positions_N = torch.tensor(positions + [0] * padding)
         batch = _Batch(
+            len(ids),
             slots_N,
             positions_N,
             self.weights.cos[positions_N].repeat(1, 2),
@@ -207,15 +213,19 @@ def _ffn(w: FFNWeights, x_ND: Tensor) -> Tensor:
     return w.down(F.silu(gate).mul_(up))
 
 
-def _moe(w: MoEWeights, x_ND: Tensor) -> Tensor:
-    """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows."""
+def _moe(w: MoEWeights, x_ND: Tensor, rows: int) -> Tensor:
+    """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows.
+
+    Only the first `rows` go to experts; the others are padding.
+    """
     _, chosen_NK, g_NK = w.router(x_ND)
-    slot_NK, ends_E = dispatch(chosen_NK, len(w.router.weight))
-    row_NK = torch.arange(len(x_ND))[:, None].expand_as(slot_NK)
-    row_P = slot_NK.new_zeros(int(ends_E[-1])).index_put_((slot_NK,), row_NK)
+    slot_RK, ends_E = dispatch(chosen_NK[:rows], len(w.router.weight))
+    row_RK = torch.arange(rows)[:, None].expand_as(slot_RK)
+    row_P = slot_RK.new_zeros(int(ends_E[-1])).index_put_((slot_RK,), row_RK)
     gate_PF, up_PF = w.gate_up(x_ND.index_select(0, row_P), ends_E).chunk(2, dim=-1)
     out_PD = w.down(F.silu(gate_PF).mul_(up_PF), ends_E)
-    y_ND = _combine(out_PD.index_select(0, slot_NK.flatten()).unflatten(0, slot_NK.shape), g_NK)
+    y_RD = _combine(out_PD.index_select(0, slot_RK.flatten()).unflatten(0, slot_RK.shape), g_NK[:rows])
+    y_ND = F.pad(y_RD, (0, 0, 0, len(x_ND) - rows))
     return y_ND if w.shared is None else y_ND + _ffn(w.shared, x_ND)
 
 

@@ -191,13 +191,11 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
     query = torch.randn(config.index_n_heads, config.index_head_dim)
 
     def at(core: Core, length: int) -> Callable[[], None]:
-        return lambda: (
-            [core.logits(core.forward([Chunk(0, length - 1, [1])]), [0]) for _ in range(STEPS)] and None
-        )
+        return lambda: ([core.logits(core.forward([Chunk(0, length - 1, [1])]), [0]) for _ in range(STEPS)])
 
     def scan(length: int) -> Callable[[], None]:
         keys = [layer[0, -config.index_head_dim :, :length] for layer in core.cache.keys]
-        return lambda: [query @ key for _ in range(STEPS) for key in keys] and None
+        return lambda: [query @ key for _ in range(STEPS) for key in keys]
 
     short, long, short_scan, long_scan, sparse, whole = in_turn(
         [at(core, LONG), at(core, LONGER), scan(LONG), scan(LONGER), at(core, DENSE_AT), at(dense, DENSE_AT)], REPEATS
@@ -235,7 +233,10 @@ def drafts(checkpoint: Path | None) -> list[dict[str, Any]]:
     ]
 
     def side(engine: Engine) -> Callable[[], None]:
-        return lambda: engine.generate(chosen, NEW_TOKENS, temperature=0.0, stop_ids=()) and None
+        def decode() -> None:
+            engine.generate(chosen, NEW_TOKENS, temperature=0.0, stop_ids=())
+
+        return decode
 
     plain, mine = in_turn([side(engine) for engine in engines], REPEATS)
     counted = engines[1].scheduler.counters.spec
@@ -274,9 +275,10 @@ def turns(folder: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _throughput(_: Ranks, folder: Path) -> float:
+def _throughput(ranks: Ranks, folder: Path) -> float:
     """Tokens per second of an engine in a process of its own."""
     torch.set_num_threads(1)
+    del ranks  # they do not talk
     ours = Ours(folder, 16, 256)
     ours.start(prompts(16, 256, 2000))
     ours.decode()
