@@ -19,6 +19,7 @@ import fullarc.model.mla as mla_module
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint, save_model
+from fullarc.model.moe import MoE
 
 ATOL = 5e-5
 
@@ -111,6 +112,30 @@ def test_a_quantised_checkpoint_is_the_same_to_transformers(tmp_path: Path) -> N
         logits = load_model(tmp_path / "int4")(ids).logits
         assert difference(reference(ids).logits, logits) < ATOL
         assert difference(load_model(tmp_path / "plain")(ids).logits, logits) > 0.1
+
+
+@pytest.mark.slow  # imports compressed_tensors
+def test_a_w4a8_checkpoint_is_the_same_to_transformers(tmp_path: Path) -> None:
+    """But for the inputs of its routed experts: transformers fuses those, and then rounds nothing."""
+    pytest.importorskip("compressed_tensors")
+    saved_reference(tmp_path / "plain", tiny_config(num_nextn_predict_layers=0))
+    plan = {kind: QuantScheme(8, 0, tokens=True) for kind in ("shared", "dense", "attention")}
+    plan["experts"] = QuantScheme(4, 0, tokens=True)
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "w4a8", plan)
+    reference = GlmMoeDsaForCausalLM.from_pretrained(tmp_path / "w4a8", dtype=torch.float32)
+    ours, ids = load_model(tmp_path / "w4a8"), torch.randint(0, 97, (1, 12))
+
+    def apart() -> float:
+        with torch.no_grad():
+            return (reference(ids).logits - ours(ids).logits).abs().median().item()
+
+    assert apart() > 1e-3
+    for layer in ours.layers[1:]:
+        assert isinstance(layer.mlp, MoE)
+        layer.mlp.experts.scales = (None, None)
+    assert apart() < 1e-5
+    ours.layers[0].self_attn.o_proj.scale = None
+    assert apart() > 1e-3
 
 
 def test_dense_configuration_agrees(tmp_path: Path) -> None:

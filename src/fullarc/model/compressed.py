@@ -173,10 +173,15 @@ def _restore(name: str, words: Tensor, scale: Tensor, shape: tuple[int, ...]) ->
 
 
 def quantization_config(plan: Plan, wide: bool = False) -> dict[str, Any]:
-    """What config.json says about it, in the words of compressed-tensors."""
+    """What config.json says about it, in the words of compressed-tensors.
+
+    Routed experts come first, whatever the plan's order: transformers takes the first group for theirs.
+    """
     targets: dict[QuantScheme, list[str]] = {}
-    for kind, scheme in plan.items():
-        whole = KINDS[kind]
+    for kind, whole in KINDS.items():
+        if kind not in plan:
+            continue
+        scheme = plan[kind]
         if kind == "attention" and scheme.tokens:
             targets.setdefault(_of_module("model.layers.0.self_attn.kv_b_proj", scheme), []).append(_ABSORBED)
             whole = whole.replace("kv_b_proj|", "")
