@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from fullarc.engine import Engine, mtp_accept_length
+from fullarc.engine import Engine, core, mtp_accept_length
 from fullarc.engine import attention as attention_module
 from fullarc.engine.weights import prepare
-from fullarc.model import QuantScheme, load_model, quantize_checkpoint
+from fullarc.model import QuantScheme, load_model, mla, quantize_checkpoint
 from fullarc.model import indexer as indexer_module
-from fullarc.model.mla import GATHER_FROM
 from fullarc.model.ops import topk_mask
 
 PROMPTS = [[5, 9, 13, 2] * 20, list(range(1, 60)), [7]]
@@ -43,38 +42,56 @@ def test_scores_are_those_of_the_trainer(shaped):
         assert row == pytest.approx(reference(model, ids), abs=5e-5)
 
 
-def test_index_sets_equal_those_of_the_trainer(shaped, monkeypatch):
+def as_sets(chosen, length):
+    """Positions [N, k] with -1 after the last, 0 | -inf [N, S] or booleans [N, S], as booleans [N, length]."""
+    sets = torch.zeros(len(chosen), length + 1, dtype=torch.bool)
+    if chosen.dtype != torch.bool and not chosen.is_floating_point():
+        return sets.scatter_(1, chosen.long() % (length + 1), True)[:, :length]
+    mask = (chosen if chosen.dtype == torch.bool else chosen == 0)[:, :length]
+    sets[:, : mask.shape[1]] = mask
+    return sets[:, :length]
+
+
+@pytest.mark.parametrize("gather_from", [3, 1000])
+def test_index_sets_equal_those_of_the_trainer(shaped, monkeypatch, gather_from):
+    """Gathered as positions from three times the top-k on, or masked throughout."""
     model, folder = shaped
-    if GATHER_FROM * model.config.index_topk <= 100:
-        pytest.skip("gathered keys are a list of positions: see the parity of log-probs")
-    sets = {"trainer": [], "engine": []}
-
-    def spy(module, name, who, trim):
-        original = getattr(module, name)
-
-        def wrapper(*args):
-            chosen = original(*args)
-            sets[who].append(trim(chosen))
-            return chosen
-
-        monkeypatch.setattr(module, name, wrapper)
-
-    import fullarc.model.mla as mla
-
-    length = 100
+    length, trainer, engine = 100, {}, {}
     ids = [int(t) for t in torch.randint(1, 90, (length,), generator=torch.Generator().manual_seed(5))]
-    spy(mla, "select", "trainer", lambda c: c[0])
-    spy(attention_module, "select", "engine", lambda c: c[:, :length])
-    with torch.no_grad():
-        model(torch.tensor([ids]))
+    masked, gathered, chosen_by_engine = mla.MLA._choose, mla.Index.choose, core.choose
+
+    def put(sets, key, rows, chosen):
+        sets.setdefault(key, torch.zeros(length, length, dtype=torch.bool))[rows] = as_sets(chosen, length)
+
+    def spy_masked(self, index, chunk):
+        scores, mask = masked(self, index, chunk)
+        put(trainer, id(index.indexer), chunk.part, mask[0])
+        return scores, mask
+
+    def spy_gathered(self, run):
+        positions = gathered(self, run)
+        put(trainer, id(self.indexer), slice(run[0].part.start, run[-1].part.stop), positions[0])
+        return positions
+
+    def spy_engine(iq, w, grid, keys, topk, scratch):
+        chosen = chosen_by_engine(iq, w, grid, keys, topk, scratch)
+        real = [at for at, row in enumerate(grid.rows) if row >= 0]
+        put(engine, keys.data_ptr(), [grid.rows[at] for at in real], chosen[real])
+        return chosen
+
+    for module in (mla, attention_module):
+        monkeypatch.setattr(module, "GATHER_FROM", gather_from)
+    monkeypatch.setattr(mla.MLA, "_choose", spy_masked)
+    monkeypatch.setattr(mla.Index, "choose", spy_gathered)
+    monkeypatch.setattr(core, "choose", spy_engine)
+    if not model.config.dense_attention:
+        with torch.no_grad():
+            model(torch.tensor([ids]))
     Engine(folder, max_batch=1, max_len=128).score([ids])
-    assert (
-        len(sets["engine"])
-        == len(sets["trainer"])
-        == (0 if model.config.dense_attention else sum(map(model.config.has_indexer, range(3))))
-    )
-    for ours, theirs in zip(sets["engine"], sets["trainer"], strict=True):
-        assert torch.equal(ours, theirs)
+    layers = 0 if model.config.dense_attention else sum(map(model.config.has_indexer, range(3)))
+    assert len(engine) == len(trainer) == layers
+    for ours, theirs in zip(engine.values(), trainer.values(), strict=True):
+        assert torch.equal(ours, theirs) and ours[-1].sum() == model.config.index_topk
 
 
 def test_the_quick_selection_is_the_exact_one():
