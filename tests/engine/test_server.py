@@ -113,6 +113,29 @@ def test_streaming_is_cumulative_and_ends_with_done(http):
     assert events[-1]["output_ids"] == whole
 
 
+def test_a_crowd_of_streams_gets_every_token_and_is_told_less_often(checkpoints, monkeypatch):
+    running = Running(checkpoints["v0"], max_batch=24)
+    wakes, original = [], Service._wake
+    monkeypatch.setattr(
+        Service, "_wake", lambda self, noted: (wakes.append(len(noted)), original(self, noted))
+    )
+    body = {
+        "input_ids": [PROMPT] * 24,
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 90, "ignore_eos": True},
+    }
+    try:
+        with httpx.stream(
+            "POST", running.url + "/generate", json=body, timeout=60, trust_env=False
+        ) as response:
+            lines = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+        last = {event["index"]: event for event in map(json.loads, lines[:-1])}
+        assert [len(last[n]["output_ids"]) for n in range(24)] == [90] * 24 and lines[-1] == "[DONE]"
+        assert len(wakes) < running.engine.scheduler.counters.steps
+    finally:
+        running.stop()
+
+
 @pytest.mark.parametrize(
     "body, says",
     [

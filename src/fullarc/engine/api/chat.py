@@ -12,12 +12,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.chat.openai import BadRequest, flag, message_json, read_messages, read_tools
+from fullarc.chat.openai import BadRequest, dump, flag, message_json, read_messages, read_tools
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
-from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.scheduler import QueueFullError, Request
 
 
@@ -211,20 +211,23 @@ class Chat:
             opening["prompt_token_ids"] = requests[0].prompt  # type: ignore[assignment]
         yield event(first | opening)
         open_ones = list(streams)
+        version, before, behind = "", b"", b""
         while open_ones:
             await watch.changed()
+            if requests[0].weight_version != version:
+                version = first["metadata"]["weight_version"] = requests[0].weight_version
+                before, behind = framed(first)
             for stream in list(open_ones):
                 request = stream.growing.request
                 done = bool(request.finish)
                 turn = conversation.read(stream.index) if done else None
                 if delta := stream.delta(turn):
                     told = self._told(body, request, None, *stream.untold())
-                    yield event(first | {"choices": [_chunk(stream.index, delta) | told]})
+                    yield before + dump(_chunk(stream.index, delta) | told) + behind
                 if turn:
                     open_ones.remove(stream)
                     last = self._told(body, request, turn, *stream.untold()) | {"finish_reason": turn.finish}
-                    first["metadata"] = {"weight_version": request.weight_version}
-                    yield event(first | {"choices": [_chunk(stream.index, {}) | last]})
+                    yield before + dump(_chunk(stream.index, {}) | last) + behind
         if body.stream_options and body.stream_options.include_usage:
             yield event(first | {"choices": [], "usage": usage(requests, 1)})
         yield DONE

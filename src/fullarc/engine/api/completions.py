@@ -10,11 +10,12 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
-from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 from fullarc.engine.scheduler import QueueFullError, Request, RequestError
@@ -97,13 +98,17 @@ class Completions:
         tellers = {
             index: _Teller(self.service, body, wire, request) for index, request in enumerate(requests)
         }
+        version, before, behind = "", b"", b""
         while tellers:
             await watch.changed()
+            if requests[0].weight_version != version:
+                version = requests[0].weight_version
+                before, behind = framed(head(self.service, name, "text_completion", requests))
             for index, teller in list(tellers.items()):
                 if not teller.news():
                     continue
                 choice = teller.choice(index)
-                yield event(head(self.service, name, "text_completion", requests) | {"choices": [choice]})
+                yield before + dump(choice) + behind
                 if choice["finish_reason"]:
                     del tellers[index]
         if body.stream_options and body.stream_options.include_usage:

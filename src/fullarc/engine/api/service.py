@@ -1,7 +1,8 @@
 """Requests in, answers and streams out: the bridge between the event loop and the engine's thread.
 
-The engine notes which answers have grown; behind each step one call wakes the event loop for all of them. A stream that
-falls behind (a client that reads slowly) finds several tokens when it looks again: nothing queues up for it.
+The engine notes which answers have grown; behind each step one call wakes the event loop for all of them. More than
+CROWD streams are told every TELL_S only, since writing an event costs the engine as much as sampling a token. A stream
+that falls behind (a client that reads slowly) finds several tokens when it looks again: nothing queues up for it.
 
 Invariants: every request of a `Watch` ends; a client that hangs up, or reads nothing for STALL_S, frees its slots.
 """
@@ -27,6 +28,7 @@ from fullarc.engine.scheduler import QueueFullError, Request, RequestError, Sche
 from fullarc.engine.worker import Worker
 
 STALL_S = 120.0
+CROWD, TELL_S = 16, 0.025
 
 
 class SeedSource:
@@ -60,6 +62,7 @@ class Service:
         self.latencies, self.seeds = Latencies(), SeedSource(seed)
         self._numbers = itertools.count(1)
         self._noted: list[Watch] = []
+        self._urgent, self._told_at = False, 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -128,19 +131,26 @@ class Service:
 
     # --- the way back from the engine's thread ----------------------------------------------------------------
 
-    def note(self, watch: "Watch") -> None:
-        """Engine thread: this watch has something new."""
+    def note(self, watch: "Watch", urgent: bool = False) -> None:
+        """Engine thread: this watch has something new; an end is urgent."""
         self._noted.append(watch)
+        self._urgent = self._urgent or urgent
 
     def _after_step(self) -> None:
-        if self._noted:
+        """Engine thread: wake the event loop, for many streams not at every step."""
+        if not self._noted:
+            return
+        now = time.monotonic()
+        crowd = len(self._noted) > CROWD and not self.scheduler.idle
+        if not crowd or self._urgent or now - self._told_at >= TELL_S:
             noted, self._noted = self._noted, []
+            self._urgent, self._told_at = False, now
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 if self._loop:
                     self._loop.call_soon_threadsafe(self._wake, noted)
 
     def _wake(self, noted: "list[Watch]") -> None:
-        for watch in noted:
+        for watch in set(noted):
             watch.news.set()
 
 
@@ -161,7 +171,7 @@ class Watch:
         self.service.latencies.observe(request)
         self._open -= 1
         if self.each_token or not self._open:
-            self.service.note(self)
+            self.service.note(self, urgent=True)
 
     @property
     def ended(self) -> bool:
@@ -192,23 +202,37 @@ class EventStream(Response):
         super().__init__(media_type=self.media_type, headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self.watch, self.events = watch, events
+        self._sending = 0.0  # since when a piece is being sent; 0 between two pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         gone = asyncio.ensure_future(_disconnected(receive))
         gone.add_done_callback(lambda _: self.watch.cancel())
+        watchdog = asyncio.ensure_future(self._end_when_stalled(asyncio.current_task()))
         try:
             async for data in self.events:
                 if gone.done():
                     break
-                async with asyncio.timeout(STALL_S):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sending = time.monotonic()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._sending = 0.0
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (TimeoutError, OSError):
-            pass  # the client reads no more; its connection is closed by the server
+        except OSError:
+            pass  # the client is gone
+        except asyncio.CancelledError:
+            if not watchdog.done():
+                raise
         finally:
             gone.cancel()
+            watchdog.cancel()
             self.watch.cancel()
+
+    async def _end_when_stalled(self, writer: "asyncio.Task[Any] | None") -> None:
+        """A timer per stream and not per event, which would cost as much as the event."""
+        while not (self._sending and time.monotonic() - self._sending > STALL_S):
+            await asyncio.sleep(STALL_S / 4)
+        if writer:
+            writer.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -230,6 +254,11 @@ def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
         )
     for request in requests:
         scheduler.submit(request)
+
+
+def framed(fields: dict[str, Any]) -> tuple[bytes, bytes]:
+    """What stands before and behind the choice in an event whose other fields stay the same."""
+    return b"data: " + dump(fields)[:-1] + b',"choices":[', b"]}\n\n"
 
 
 def event(value: Any, name: str = "") -> bytes:
