@@ -8,6 +8,7 @@ The server is a process of its own, the client another (this one); median of `re
 """
 
 import asyncio
+import functools
 import json
 import statistics
 import time
@@ -75,11 +76,16 @@ async def _streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[
     loop = asyncio.get_running_loop()
     begin = time.perf_counter()
     streams = [_Stream(body) for body in bodies]
-    await asyncio.gather(*(loop.create_connection(lambda s=stream: s, host, int(port)) for stream in streams))
+    for stream in streams:
+        await loop.create_connection(functools.partial(_itself, stream), host, int(port))
     await asyncio.gather(*(stream.done for stream in streams))
     seconds = time.perf_counter() - begin
     gaps = [b - a for s in streams for a, b in zip(s.times, s.times[1:], strict=False)]
     return sum(body["max_tokens"] for body in bodies) / seconds, gaps
+
+
+def _itself(stream: "_Stream") -> "_Stream":
+    return stream
 
 
 class _Stream(asyncio.Protocol):

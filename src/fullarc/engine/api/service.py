@@ -28,7 +28,7 @@ from fullarc.engine.scheduler import QueueFullError, Request, RequestError, Sche
 from fullarc.engine.worker import Worker
 
 STALL_S = 120.0
-CROWD, TELL_S = 16, 0.025
+CROWD, TELL_S = 16, 0.05
 
 
 class SeedSource:
