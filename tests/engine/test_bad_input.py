@@ -147,6 +147,24 @@ def test_absurd_amounts_are_refused_at_once(server, http):
     idle(server)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_k": 10**30},
+        {"max_new_tokens": 10**30},
+        {"stop_token_ids": [-(10**30)]},
+        {"min_new_tokens": 10**30},
+    ],
+)
+def test_values_larger_than_any_integer_of_the_engine_are_served(server, http, sampling):
+    body = {"input_ids": [IDS] * 2, "sampling_params": sampling}
+    answer = http.post("/generate", json=body)
+    assert answer.status_code == 200 and all(
+        a["meta_info"]["finish_reason"]["type"] != "abort" for a in answer.json()
+    )
+    idle(server)
+
+
 def test_a_full_queue_is_a_429_in_every_dialect(server, http):
     http.post("/pause_generation", json={"mode": "in_place"})
     s = server.engine.scheduler
