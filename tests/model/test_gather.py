@@ -175,3 +175,49 @@ def test_layers_that_share_a_choice_do_not_make_it_again(blocks, times):
             model.trunk(torch.randint(0, 61, (1, 120), generator=torch.Generator().manual_seed(6)))
         calls[types[1]] = len(count)
     assert calls["full"] == 3 * calls["shared"] > 0
+
+
+def test_the_number_of_threads_changes_no_bit():
+    generator = torch.Generator().manual_seed(7)
+    shapes = (
+        (2, 700, 3, 10),
+        (2, 700, 3, 6),
+        (2, 700, 18),
+        (3, 10, 12),
+        (3, 14, 12),
+        (2, 700, 8, 8),
+        (2, 700, 8),
+        (2, 700, 8),
+    )
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    *inputs, queries, keys, weights = leaves
+    chunks = mla_module.visible_chunks(700, None, None, 8, torch.device("cpu"))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            index = mla_module.Index(Indexer(ModelConfig(**SMALL)), queries, [keys], weights, True, False)
+            positions = index.choose(chunks)
+            out, mass = gathered_attention(*inputs, positions, 0.3)
+            own = index.scores_at(slice(0, 700), positions)
+            loss = out.square().mean(0).sum() + (own * mass).mean(0).sum()
+            found.append([positions, out, mass, own, *torch.autograd.grad(loss, leaves)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_no_gradient_is_kept_where_none_is_wanted():
+    model = GlmMoeDsa(ModelConfig(**SMALL)).init_weights(5)
+    ids = torch.randint(0, 61, (1, 120), generator=torch.Generator().manual_seed(6))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = model.trunk(ids).hidden_BTD
+        with torch.inference_mode():
+            found = model.trunk(ids).hidden_BTD
+    finally:
+        torch.set_num_threads(before)
+    assert expected.requires_grad and not found.requires_grad and torch.allclose(expected, found, atol=1e-6)

@@ -45,6 +45,11 @@ def arithmetic(length: int, topk: int) -> float:
     return dense / (pairs * c.index_n_heads * c.index_head_dim + chosen)
 
 
+def crossover(topk: int) -> int:
+    """The length of a row from which on sparse attention has fewer multiplications."""
+    return next(length for length in range(2 * topk, 2**30, 64) if arithmetic(length, topk) >= 1)
+
+
 def one_pass(_: Ranks, length: int, topk: int, training: bool, threads: int) -> tuple[float, float]:
     """Seconds of one pass, and the peak memory of this process in MB."""
     torch.set_num_threads(threads)
@@ -71,24 +76,36 @@ def claims(
     """All claims, in the form that `fullarc bench` prints; lengths below the last are told, not judged."""
     threads, out = machine()["cores"], []
     for training in (False, True):
-        name, peaks = ("training step" if training else "prefill"), []
+        name, ratios, peaks = ("training step" if training else "prefill"), [], []
         for length in lengths:
             sides = [
                 [launch(one_pass, 1, length, k, training, threads)[0] for k in (length, topk)]
                 for _ in range(repeats)
             ]
             dense, sparse = (statistics.median(turn[side][0] for turn in sides) for side in (0, 1))
-            peaks.append(statistics.median(turn[1][1] for turn in sides))
+            peaks.append([statistics.median(turn[side][1] for turn in sides) for side in (0, 1)])
             ratio, last = dense / sparse, length == lengths[-1]
+            ratios.append(ratio)
             detail = f"{dense:.2f} against {sparse:.2f} s; by arithmetic {arithmetic(length, topk):.1f} x"
             out.append(
                 claim(f"{name} at {length:,}: sparse against dense attention", ratio, "x", ">= 2" if last else "",
                       ratio >= 2 if last else None, detail)
             )  # fmt: skip
-        if len(peaks) > 1:
-            growth, longer = peaks[-1] / peaks[-2], lengths[-1] / lengths[-2]
+        out.append(
+            claim(f"{name} at {lengths[-1]:,}: peak memory against dense attention's", peaks[-1][1] / peaks[-1][0], "x",
+                  "<= 1", peaks[-1][1] <= peaks[-1][0], "; ".join(f"{d:.0f} and {s:.0f} MB" for d, s in peaks),
+                  better="lower")
+        )  # fmt: skip
+        if len(lengths) > 1:
+            growth, longer = peaks[-1][1] / peaks[-2][1], lengths[-1] / lengths[-2]
             out.append(
                 claim(f"{name}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
-                      growth <= longer, f"{peaks[-2]:.0f} and {peaks[-1]:.0f} MB", better="lower")
+                      growth <= longer, f"{peaks[-2][1]:.0f} and {peaks[-1][1]:.0f} MB", better="lower")
+            )  # fmt: skip
+            slower = [length for length, ratio in zip(lengths, ratios, strict=True) if ratio < 1]
+            below = max(slower, default=0)
+            out.append(
+                claim(f"{name}: the longest row that dense attention is faster on", below, "tokens",
+                      f"< {lengths[-1]}", below < lengths[-1], f"by arithmetic {crossover(topk):,}", better="lower")
             )  # fmt: skip
     return out

@@ -64,15 +64,10 @@ class _Gathered(torch.autograd.Function):
 
         def lane(place: tuple[int, slice], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
             b, run = place
-            grad_keys, grad_k, grad_v = (
-                torch.zeros_like(keys_BSW[b]),
-                torch.zeros_like(up_k),
-                torch.zeros_like(up_v),
-            )
+            grad_keys, grad_k, grad_v = (torch.zeros_like(x) for x in (keys_BSW[b], up_k, up_v))
             for part in spans(run.start, run.stop, QUERIES):
-                both = scratch(
-                    "both", q_nope, len(q_nope[b, part]), 2 * heads, keys_BSW.shape[-1]
-                ).zero_()  # [q' g]
+                size = part.stop - part.start
+                both = scratch("both", q_nope, size, 2 * heads, keys_BSW.shape[-1]).zero_()  # [q' g]
                 both[:, :heads] = _absorb(q_nope[b, part], q_rope[b, part], up_k, ctx.scale)
                 both[:, heads:, :latent] = torch.einsum("thv,hvc->thc", grad_out[b, part], up_v)
                 back = scratch("back", both, *both.shape)
@@ -107,7 +102,7 @@ def _absorb(q_nope_tHN: Tensor, q_rope_tHR: Tensor, up_k: Tensor, scale: float) 
 
 
 def _few(q_tHW: Tensor, positions: Tensor) -> list[slice]:
-    """The queries of a piece, as many at a time as their keys fit into the cache."""
+    """The queries of a piece, as many at a time as their keys fit into ROOM."""
     size = positions.shape[-1] * q_tHW.shape[-1] * q_tHW.element_size()
     return spans(0, len(q_tHW), max(1, ROOM // size))
 
@@ -132,8 +127,7 @@ def gathered_attention(
         weigh: whether anybody asks how much weight each key got.
 
     Returns:
-        [B, t, H, V], and the probabilities summed over heads [B, t, k], or none of them
-        [B, t, 0], detached.
+        [B, t, H, V], and the probabilities summed over heads, detached: [B, t, k], or [B, t, 0] if nobody asks.
     """
     wide = torch.promote_types(q_nope.dtype, torch.float32)
     parts = (x.to(wide) for x in (q_nope, q_rope, keys_BSW.contiguous(), up_k, up_v))

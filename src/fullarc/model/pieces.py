@@ -1,8 +1,9 @@
-"""A long row worked on in pieces that stay in the cache, on all of torch's threads.
+"""A long row worked on in pieces, on all of torch's threads.
 
 The operations of a piece are too small to be divided among threads, so each thread takes whole pieces and runs their
-operations alone. Invariant: results depend neither on the number of threads nor on who finishes first; what is summed
-over pieces is summed in LANES runs of them, and these in their order.
+operations alone. They are not smaller than that, because threads wait for the interpreter's lock between operations:
+of ten microseconds each, two threads do no more than one. Invariant: results depend neither on the number of threads
+nor on who finishes first; what is summed over pieces is summed in LANES runs of them, and these in their order.
 """
 
 import math
