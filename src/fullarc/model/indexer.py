@@ -147,7 +147,7 @@ def choose(scores_tS: Tensor, k: int, scratch: Scratch) -> Tensor:
         return (flat.view(-1, k) - rows_t1 * scores_tS.shape[-1]).int()
     taken_tS &= scores_tS > -torch.inf
     tied = taken_tS.sum(-1) > k
-    taken_tS[tied] = topk_mask(scores_tS[tied], k) & taken_tS[tied]
+    taken_tS[tied] = topk_mask(scores_tS[tied], k)
     positions = torch.full((len(scores_tS), k), -1, dtype=torch.int32, device=scores_tS.device)
     filled = torch.arange(k, device=scores_tS.device) < taken_tS.sum(-1, keepdim=True)
     positions[filled] = (_true(taken_tS) % scores_tS.shape[-1]).int()
