@@ -191,11 +191,19 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
     query = torch.randn(config.index_n_heads, config.index_head_dim)
 
     def at(core: Core, length: int) -> Callable[[], None]:
-        return lambda: ([core.logits(core.forward([Chunk(0, length - 1, [1])]), [0]) for _ in range(STEPS)])
+        def steps() -> None:
+            for _ in range(STEPS):
+                core.logits(core.forward([Chunk(0, length - 1, [1])]), [0])
+
+        return steps
 
     def scan(length: int) -> Callable[[], None]:
-        keys = [layer[0, -config.index_head_dim :, :length] for layer in core.cache.keys]
-        return lambda: [query @ key for _ in range(STEPS) for key in keys]
+        def steps() -> None:
+            for _ in range(STEPS):
+                for layer in core.cache.keys:
+                    torch.mm(query, layer[0, -config.index_head_dim :, :length])
+
+        return steps
 
     short, long, short_scan, long_scan, sparse, whole = in_turn(
         [at(core, LONG), at(core, LONGER), scan(LONG), scan(LONGER), at(core, DENSE_AT), at(dense, DENSE_AT)], REPEATS
