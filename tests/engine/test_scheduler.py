@@ -91,6 +91,18 @@ def test_abort_frees_the_slot_and_keeps_what_was_sampled(engine):
     assert len(s.free) == 3 and not s.running
 
 
+@pytest.mark.parametrize("start", [0, 1, 15, 16, 17, 32])
+def test_input_logprobs_do_not_depend_on_what_is_cached(engine, start):
+    told = []
+    for number in range(2):
+        engine.scheduler.submit(
+            scored := request(str(number), prompt=LONG, score_from=start, max_new_tokens=1)
+        )
+        drain(engine.scheduler)
+        told.append(scored.input_logprobs)
+    assert told[0] == told[1] and len(told[0]) == len(LONG) - max(start, 1)
+
+
 def test_weights_change_between_steps_and_every_token_knows_its_version(engine, checkpoints):
     s = engine.scheduler
     before = engine.generate([LONG], max_new_tokens=8, seeds=[1], stop_ids=())[0]

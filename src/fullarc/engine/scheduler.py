@@ -309,7 +309,7 @@ class Scheduler:
             limit = (
                 len(request.ids) - 1
                 if request.score_from < 0
-                else min(request.score_from, len(request.ids) - 1)
+                else min(max(request.score_from - 1, 0), len(request.ids) - 1)
             )
             blocks = self.prefix.match(request.ids[:limit])
             usable = min(limit // BLOCK, len(request.chain))
