@@ -9,7 +9,7 @@ from fullarc.engine import Engine
 from fullarc.engine import integer as engine_integer
 from fullarc.engine.core import Chunk, Core
 from fullarc.engine.integer import Integer, IntegerExperts, packs, round_tokens
-from fullarc.engine.products import round_fp8
+from fullarc.engine.products import FP8, FP8Experts, round_fp8
 from fullarc.engine.weights import prepare
 from fullarc.model import GlmMoeDsa, QuantScheme, load_model, quantize_checkpoint
 from fullarc.model.quant import PER_TOKEN, dequantize, quantize
@@ -186,6 +186,18 @@ def test_fp8_rounds_as_e4m3_does() -> None:
     block = torch.ones(130, 3)
     block[129, 0] = 448
     assert torch.equal(round_fp8(block, 128, 128), block)
+
+
+def test_fp8_products_round_weights_and_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 136, 200, generator=generator), torch.randn(48, 200, generator=generator)
+    ends = torch.tensor([16, 16, 48], dtype=torch.int32)
+    rounded = round_fp8(x, 1, 128)
+    assert not torch.equal(rounded, x)
+    by_hand = [rounded @ round_fp8(w, 128, 128).T for w in weight]
+    assert torch.allclose(FP8(weight[2])(x), by_hand[2], atol=1e-4)
+    expected = torch.cat((by_hand[0][:16], by_hand[2][16:]))
+    assert torch.allclose(FP8Experts(weight)(x, ends), expected, atol=1e-4)
 
 
 def test_an_unknown_precision_is_a_sentence(shaped) -> None:

@@ -238,6 +238,18 @@ def test_what_rounds_its_inputs_is_stored_and_loaded_so(
         "packed": 27 if plan is W4A8 and not wide else 3,
     }
 
+    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"][
+        "config_groups"
+    ].values()
+    for name in before:
+        module = name.removesuffix(".weight")
+        fits = [g for g in groups if any(re.match(target[3:], module) for target in g["targets"])]
+        assert len(fits) == (f"{name}_scale" in disk), name
+        if fits:
+            assert (fits[0]["input_activations"] is None) == ("kv_b_proj" in name), name
+            packed = f"{name}_packed" in disk
+            assert fits[0]["format"] == ("pack-quantized" if packed else "int-quantized")
+
     attention, moe = loaded.layers[1].self_attn, loaded.layers[1].mlp
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
