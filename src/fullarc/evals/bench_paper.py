@@ -43,7 +43,7 @@ def run(
             if not only_finished or lab.path(variant, seed).exists():
                 found.setdefault(variant, {})[seed] = lab.result(variant, seed)
     metrics = {v: {seed: one["metrics"] for seed, one in by_seed.items()} for v, by_seed in found.items()}
-    measured = {
+    measured: dict[str, dict[str, Any]] = {
         str(number): {
             "title": known[number].title,
             "variants": {v: found.get(v, {}) for v in known[number].variants},

@@ -18,6 +18,7 @@ from fullarc.evals.bench import claim
 from fullarc.model import GlmMoeDsa
 from fullarc.model.glm import DecoderLayer
 from fullarc.model.indexer import select
+from fullarc.model.mla import MLA
 from fullarc.model.moe import MoE
 from fullarc.model.ops import rope_tables
 
@@ -54,8 +55,9 @@ def logits(model: GlmMoeDsa, ids_T: Tensor, block: int, choose: Choice) -> Tenso
         h_BD = model.embed_tokens(ids_T[part])
         allowed_BS = torch.arange(part.stop) <= torch.arange(part.start, part.stop)[:, None]
         for number, layer in enumerate(model.layers):
-            assert isinstance(layer, DecoderLayer) and layer.self_attn.indexer is not None
+            assert isinstance(layer, DecoderLayer) and isinstance(layer.self_attn, MLA)
             mla, indexer, normed = layer.self_attn, layer.self_attn.indexer, layer.input_layernorm(h_BD)
+            assert indexer is not None
             q_latent, q_nope, q_rope = mla.queries(normed, cos[part], sin[part])
             new = (*mla.latents(normed, cos[part], sin[part]), indexer.keys(normed, cos[part], sin[part]))
             kept[number] = tuple(map(torch.cat, zip(kept[number], new, strict=True))) if start else new
