@@ -15,7 +15,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from fullarc.chat import Tokenizer
 from fullarc.config.model import ModelConfig, preset
 from fullarc.engine import Engine, SamplingParams, mtp_accept_length
 from fullarc.engine.core import Chunk, Core
+from fullarc.engine.engine import load_weights
 from fullarc.engine.scheduler import Request
 from fullarc.engine.weights import prepare
+from fullarc.evals import bench_engine_http
 from fullarc.evals.bench import claim
 from fullarc.evals.bench_train import in_turn, transformers_config
 from fullarc.model import GlmMoeDsa, load_model, save_model
@@ -42,7 +46,7 @@ TINY = ModelConfig(
 )  # fmt: skip
 DECODE = ((1, 512, 5.0), (1, 8192, 10.0), (16, 512, 6.0), (64, 512, 6.0))
 PREFILL = ((512, 2.0), (2048, 5.0), (8192, 20.0))
-PARTS = ("peers", "long", "drafts", "turns", "processes")
+PARTS = ("peers", "long", "drafts", "turns", "processes", "http", "update")
 LONG, LONGER, DENSE_AT = 4096, 65_536, 32_768
 DRAFTS = 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 64, 64
@@ -75,8 +79,12 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
                 out += drafts(chosen.checkpoint)
             elif part == "turns":
                 out += turns(folders["tiny"])
-            else:
+            elif part == "processes":
                 out += processes(folders["2m"])
+            elif part == "http":
+                out += bench_engine_http.claims(chosen.checkpoint or folders["2m"])
+            else:
+                out += update(chosen.checkpoint or folders["2m"])
     return {"claims": out}
 
 
@@ -303,4 +311,33 @@ def processes(folder: Path) -> list[dict[str, Any]]:
     return [
         claim("two engine processes against one", two / one, "x", ">= 1.7", two / one >= 1.7,
               f"{two:,.0f} against {one:,.0f} tokens/s")
+    ]  # fmt: skip
+
+
+# --- weights while running --------------------------------------------------------------------------------------
+
+
+def update(folder: Path) -> list[dict[str, Any]]:
+    """How long no step ends while new weights are read beside 16 running sequences and swapped in."""
+    ours = Ours(folder, 16, 256)
+    ours.start(prompts(16, 256, 2000))
+    scheduler, gaps, usual = ours.engine.scheduler, list[float](), list[float]()
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(REPEATS):
+            loading = pool.submit(load_weights, folder, str(number))
+            times = [time.perf_counter()]
+            while not loading.done():
+                scheduler.step()
+                times.append(time.perf_counter())
+            scheduler.set_weights(loading.result())
+            for _ in range(STEPS):
+                scheduler.step()
+                times.append(time.perf_counter())
+            between = [b - a for a, b in pairwise(times)]
+            gaps.append(max(between))
+            usual.append(statistics.median(between))
+    longest, step = (1000 * statistics.median(seconds) for seconds in (gaps, usual))
+    return [
+        claim("longest time between two steps during a weight update", longest, "ms", "< 100", longest < 100,
+              f"a step takes {step:.0f} ms; largest {1000 * max(gaps):.0f} ms", better="lower")
     ]  # fmt: skip

@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from fullarc.evals.bench import claim
+
 SLOTS, PROMPT, NEW = 64, 32, 128
 
 
@@ -138,21 +140,13 @@ def _client(url: str) -> httpx.AsyncClient:
 def claims(folder: Path) -> list[dict[str, Any]]:
     """The claims about the HTTP path, in the form of `fullarc bench`."""
     found = measure(folder)
-
-    def claim(name: str, value: float, unit: str, target: str, ok: bool) -> dict[str, Any]:
-        return {"name": name, "value": round(value, 4), "unit": unit, "baseline": None, "target": target, "seeds": [],
-                "spread": None, "ok": ok}  # fmt: skip
-
+    rates = f"{found.over_http:,.0f} and {found.in_process:,.0f} tokens/s"
+    between = f"{1000 * found.between_p99_s:.1f} and {1000 * found.between_median_s:.1f} ms"
     return [
-        claim(
-            "HTTP at 64 streams, of the in-process throughput",
-            found.ratio,
-            "",
-            ">= 0.85",
-            found.ratio >= 0.85,
-        ),
-        claim("p99 time between tokens, of the median", found.smoothness, "", "< 3", found.smoothness < 3),
-        claim(
-            "queued requests answered", found.answered, "", f"{found.queued}", found.answered == found.queued
-        ),
-    ]
+        claim(f"HTTP at {SLOTS} streams, of the throughput in process", found.ratio, "x", ">= 0.85",
+              found.ratio >= 0.85, rates),
+        claim("99th percentile of the times between events, of the median", found.smoothness, "x", "< 3",
+              found.smoothness < 3, between, better="lower"),
+        claim("queued requests answered", found.answered, "requests", f"{found.queued}",
+              found.answered == found.queued),
+    ]  # fmt: skip
