@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import hashlib
 import pickle
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -96,9 +97,12 @@ def test_a_part_alone_changes_only_itself_and_later_parts_build_on_it(http, tens
     assert logprobs(generate(http)) == fresh(checkpoints["v1"])
 
 
+BOMB = Path(tempfile.mkdtemp()) / "bomb"
+
+
 class Bomb:
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/fullarc-bomb"),))
+        return (Path.touch, (BOMB,))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ class Bomb:
 def test_refused_tensors_change_nothing(http, tensors, checkpoints, spoil, says):
     answer = http.post("/update_weights_from_tensor", json={"serialized_named_tensors": [spoil(tensors)]})
     assert answer.status_code == 400 and says in answer.json()["message"]
-    assert not Path("/tmp/fullarc-bomb").exists()
+    assert not BOMB.exists()
     after = generate(http)
     assert logprobs(after) == fresh(checkpoints["v0"]) and after["meta_info"]["weight_version"] == "0"
 

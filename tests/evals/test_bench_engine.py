@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from fullarc.evals import bench, bench_engine
+from fullarc.evals import bench_engine
 from fullarc.evals.bench_engine import Ours, Theirs, prompts
 from fullarc.model import GlmMoeDsa, save_model
 
@@ -37,5 +37,5 @@ def test_both_sides_decode_the_same_tokens(folder):
 def test_without_a_checkpoint_the_claims_about_drafts_are_left_open():
     assert {c["ok"] for c in bench_engine.drafts(None)} == {None}
     parser = argparse.ArgumentParser()
-    bench.AREAS["engine"].options(parser)
+    bench_engine.options(parser)
     assert parser.parse_args(["--part", "long"]).part == ["long"]
