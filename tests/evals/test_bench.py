@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,13 +28,21 @@ def measured(values):
     }
 
 
+def by_hand(monkeypatch, **module):
+    """An area more."""
+    known = bench._area
+    monkeypatch.setitem(bench.AREAS, "hand", "figures made by hand")
+    monkeypatch.setattr(
+        bench, "_area", lambda name: SimpleNamespace(**module) if name == "hand" else known(name)
+    )
+
+
 @pytest.fixture
 def rerun(monkeypatch, tmp_path):
     """rerun(*options, name=value…): `fullarc bench hand`, whose figures are KEPT but for the given ones."""
     monkeypatch.chdir(tmp_path)
     values = dict(KEPT)
-    area = bench.Area("figures made by hand", lambda options: measured(values))
-    monkeypatch.setitem(bench.AREAS, "hand", area)
+    by_hand(monkeypatch, measure=lambda options: measured(values))
 
     def start(*options, **changes):
         values.update(KEPT, **{globals()[name]: value for name, value in changes.items()})
@@ -111,7 +120,7 @@ def test_an_area_has_its_own_options(monkeypatch, capsys):
     def options(parser):
         parser.add_argument("--table", type=int)
 
-    monkeypatch.setitem(bench.AREAS, "hand", bench.Area("with options", measure, options))
+    by_hand(monkeypatch, measure=measure, options=options)
     assert bench.main(["--json", "hand", "--table", "3"]) == 0
     assert bench.run("hand", ["--table", "4"])["area"] == "hand"
     assert [one.table for one in seen] == [3, 4]

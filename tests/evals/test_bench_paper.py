@@ -146,7 +146,7 @@ def test_a_table_is_trained_printed_and_judged(number: int, lab: paper_runs.Lab)
             metrics = measured["variants"][variant][seed]["metrics"]
             assert all(math.isfinite(metrics[metric.key]) for metric in table.metrics), variant
     assert {claim["verdict"] for claim in measured["claims"]} <= {"yes", "no", "within the spread"}
-    said = bench_paper.text(json.loads(json.dumps(result)))
+    said = bench_paper.show(json.loads(json.dumps(result)))
     for row in table.paper_rows:
         assert row[0] in said and row[1] in said
     assert all(title in said for title in table.variants.values()) and "not run" not in said
@@ -175,7 +175,7 @@ def test_a_half_done_table_trains_only_what_is_missing(
     assert trained == [(names[0], 1), (names[1], 1)]
     done = bench_paper.run([2], [1, 2], paper_runs.Lab(lab.folder.parent, other), only_finished=True)
     assert [list(by_seed) for by_seed in done["tables"]["2"]["variants"].values()] == [[1], [1], []]
-    assert "not run" in bench_paper.text(done)
+    assert "not run" in bench_paper.show(done)
     torn = paper_runs.Lab(lab.folder.parent, other).path(names[1], 1)
     torn.write_text(torn.read_text()[:20])
     monkeypatch.setattr(paper_runs, "VARIANTS", {name: fake(name, -1) for name in names})

@@ -406,7 +406,7 @@ def test_impossible_input_is_named() -> None:
         ({"first_k_dense_replace": 5}, "first_k_dense_replace exceeds num_hidden_layers"),
         ({"indexer_types": ("full",)}, "indexer_types must name every one"),
         ({"indexer_types": ("shared",) * 4}, "indexer_types must begin with full"),
-        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
         ({"rope_theta": 0.0}, "rope_theta"),
     ],
 )

@@ -64,11 +64,20 @@ def their_choices(model: GlmMoeDsaForCausalLM, ids: Tensor) -> tuple[list[Tensor
 
 def our_choices(model: GlmMoeDsa, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The same of ours."""
-    keys, experts, select = [], [], mla_module.select
+    keys, experts, asked = [], [], []
+    select, choose = mla_module.select, mla_module.Index.choose
 
-    def watched(scores: Tensor, allowed: Tensor, k: int) -> Tensor:
+    def masked(scores: Tensor, allowed: Tensor, k: int) -> Tensor:
         keys.append(select(scores, allowed, k))
         return keys[-1]
+
+    def gathered(index: mla_module.Index, run: list[mla_module.Chunk]) -> Tensor:
+        positions = choose(index, run)
+        if not any(index is other for other in asked):  # layers that share a choice ask again
+            asked.append(index)
+            taken = torch.zeros(*ids.shape, ids.shape[1] + 1, dtype=torch.bool)
+            keys.append(taken.scatter_(-1, positions.long() % taken.shape[-1], True)[..., :-1])
+        return positions
 
     def routed(_module: object, _args: object, out: tuple[Tensor, Tensor, Tensor]) -> None:
         experts.append(torch.zeros_like(out[0]).scatter_(-1, out[1], out[2]))
@@ -76,7 +85,8 @@ def our_choices(model: GlmMoeDsa, ids: Tensor) -> tuple[list[Tensor], list[Tenso
     gates = [layer.mlp.gate for layer in model.layers if isinstance(layer.mlp, moe_module.MoE)]
     hooks = [gate.register_forward_hook(routed) for gate in gates]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(mla_module, "select", watched)
+        patch.setattr(mla_module, "select", masked)
+        patch.setattr(mla_module.Index, "choose", gathered)
         model(ids)
     for hook in hooks:
         hook.remove()
@@ -178,6 +188,7 @@ def test_more_mutants_are_caught(mutant: str, tmp_path: Path, monkeypatch: pytes
 
     assert difference() < ATOL
     if mutant == "no_indexer_choice":
+        monkeypatch.setattr(mla_module, "GATHER_FROM", 1000)
         monkeypatch.setattr(mla_module, "select", lambda scores, allowed, k: allowed)
     elif mutant == "half_split_rope":
         monkeypatch.setattr(mla_module, "apply_rope", by_halves)
