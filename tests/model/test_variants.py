@@ -270,8 +270,10 @@ def test_every_router_is_balanced_by_its_own_load() -> None:
     net.update_router_bias(load, 0.01)
     biases = [layer.mlp.gate.e_score_correction_bias for layer in net.mtp_layers]
     assert not biases[0].any() and biases[1][0] == pytest.approx(-0.01)
+    load[2, 0] = 50
     net.update_router_bias(load[:3], 0.01)
-    assert not biases[0].any(), "the MTP layers were not run"
+    assert not biases[0].any() and biases[1][0] == pytest.approx(-0.01), "the MTP layers were not run"
+    assert net.layers[3].mlp.gate.e_score_correction_bias[0] == pytest.approx(-0.01)
 
 
 # --- checkpoints --------------------
