@@ -57,7 +57,7 @@ def run(
 
 def _line(number: str, judged: Mapping[str, Any]) -> dict[str, Any]:
     """A verdict as a claim: not met only where the difference points the other way on the seeds taken together."""
-    relation = "above" if judged["kind"] == "above" else "level with"
+    relation = "better than" if judged["kind"] == "above" else "level with"
     name = f"table {number}: {judged['first']} {relation} {judged['second']} in {judged['metric']}"
     ok = {"yes": True, "no": False}.get(judged["verdict"])
     told = bench.claim(name, judged.get("difference"), "difference", judged["paper"], ok, judged["verdict"])
@@ -107,7 +107,7 @@ def _verdicts(table: Table, claims: Sequence[Mapping[str, Any]]) -> Iterator[tup
     titles = {metric.key: metric.title for metric in table.metrics}
     for claim in claims:
         first, second = (table.variants[claim[side]] for side in ("first", "second"))
-        relation = "above" if claim["kind"] == "above" else "level with"
+        relation = "better than" if claim["kind"] == "above" else "level with"
         difference, each = "", ""
         if "difference" in claim:
             bounds = [claim["low"], claim["high"]]
