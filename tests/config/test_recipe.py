@@ -79,6 +79,11 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
             ["stages.sft.qat_bits=4", "stages.sft.qat_group=48"],
             ["stages.sft.qat_group = 48 (command line)", "does not divide model.hidden_size = 128"],
         ),
+        (
+            ["stages.sft.parallel=pp", "stages.sft.processes=7"],
+            ["stages.sft.processes = 7 (command line)", "model.num_hidden_layers = 4", "at most 5 stages"],
+        ),
+        (["stages.sft.parallel=cp", "stages.sft.processes=3"], ["seq_len 1024", "each of 3 processes"]),
         (["stages.agentic_rl.eta=20"], ["eta 20 > tau 16"]),
         (["stages.reasoning_rl.max_new_tokens=5000"], ["leaves no room"]),
         (["stages.distil.teachers.code=dsaa"], ["teachers.code = 'dsaa'", "not an earlier stage"]),

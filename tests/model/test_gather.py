@@ -88,9 +88,16 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", ["", "continued", "apart"])
-@pytest.mark.parametrize("types", [(), ("full", "shared", "shared")])
-def test_the_model_is_the_same_gathered_and_masked(blocks, packed, types):
-    model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5).double()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"indexer_types": ("full", "shared", "shared")},
+        {"attention_pattern": "FSF", "sliding_window": 70},
+    ],
+)
+def test_the_model_is_the_same_gathered_and_masked(blocks, packed, changes):
+    model = GlmMoeDsa(ModelConfig(**SMALL, **changes)).init_weights(5).double()
     ids = torch.randint(0, 61, (2, 120), generator=torch.Generator().manual_seed(6))
     docs = parents = None
     if packed == "apart":  # the second documents see blocks that do not begin at 0

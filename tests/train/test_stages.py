@@ -131,7 +131,7 @@ def test_the_rate_of_the_adamw_group_is_relative(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["zero1", "fsdp2", "fsdp2+ep"])
+@pytest.mark.parametrize("parallel", ["zero1", "fsdp2", "fsdp2+ep", "cp", "pp"])
 def test_two_processes_end_with_the_model_of_one_and_report_the_same(run, parallel):
     """Pre-training, then both phases of DSA, where most of the model is frozen at first."""
     found = {}

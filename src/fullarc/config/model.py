@@ -154,6 +154,13 @@ class ModelConfig(BaseModel):
         return max(layer - self.index_skip_topk_offset + 1, 0) % self.index_topk_freq == 0
 
     @property
+    def index_groups(self) -> list[range]:
+        """Runs of layers that use one indexer's choice, the first layer's; of one layer where there are none."""
+        layers = self.num_hidden_layers
+        starts = [layer for layer in range(layers) if self.gqa_kv_heads or self.has_indexer(layer)]
+        return [range(*run) for run in zip(starts, [*starts[1:], layers], strict=True)]
+
+    @property
     def dense_attention(self) -> bool:
         """True while every query attends to all earlier keys (before the DSA stage)."""
         return self.index_topk >= self.max_position_embeddings

@@ -315,6 +315,12 @@ def _check(recipe: Recipe, layers: _Layers) -> None:
     for name, stage in recipe.stages.items():
         if isinstance(stage, LMStage):
             limits.append((f"stages.{name}.seq_len", stage.seq_len))
+            parts = len(net.index_groups) + (2 if stage.mtp_steps else 1)
+            if stage.parallel == "pp" and stage.processes > parts:
+                raise FullarcError(
+                    f"stages.{name}.processes = {stage.processes} ({layers.origin(f'stages.{name}.processes')}): a "
+                    f"pipeline of model.num_hidden_layers = {net.num_hidden_layers} has at most {parts} stages."
+                )
         if isinstance(stage, SFT) and stage.qat_bits and stage.qat_group:
             for size in ("hidden_size", "moe_intermediate_size"):
                 if getattr(net, size) % stage.qat_group:

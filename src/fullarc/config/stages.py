@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
 
-Parallel = Literal["zero1", "fsdp2", "fsdp2+ep"]
+Parallel = Literal["zero1", "fsdp2", "fsdp2+ep", "cp", "pp"]
 
 
 class Settings(BaseModel):
@@ -78,12 +78,17 @@ class LMStage(Compute):
     )
     save_every: int = Field(50, ge=1, description="Steps between resumable checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
-    threads: int = Field(0, ge=0, description="Forward passes computed at once; 0 = the recipe's threads.")
-    processes: int = Field(1, ge=1, description="Processes that share each step's micro-batches.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Forward passes computed at once; 0 = the recipe's threads. "
+        "One in a process whose passes are shared: fsdp2, cp and pp.",
+    )
+    processes: int = Field(1, ge=1, description="Processes that share each step.")
     parallel: Parallel = Field(
         "zero1",
-        description="What they divide too: the optimizer's state (zero1), also weights and gradients (fsdp2), or "
-        "these and, instead of gathering experts, tokens go to them (fsdp2+ep).",
+        description="What they divide: micro-batches and the optimizer's state (zero1), also weights and gradients "
+        "(fsdp2), these while tokens go to divided experts (fsdp2+ep), the positions of each row (cp), or layers (pp).",
     )
 
     @property
@@ -111,6 +116,10 @@ class LMStage(Compute):
             raise ValueError(
                 f"micro_batch_rows {self.micro_batch_rows} does not divide the {start // self.seq_len} rows of the "
                 "first batch"
+            )
+        if self.parallel == "cp" and self.processes > 1 and self.seq_len % (2 * self.processes):
+            raise ValueError(
+                f"seq_len {self.seq_len} cannot be cut into two equal runs for each of {self.processes} processes"
             )
         return self
 

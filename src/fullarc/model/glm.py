@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.context import WHOLE, Context
 from fullarc.model.gqa import GQA
 from fullarc.model.induction import start_with_induction
-from fullarc.model.mla import MLA, Index, Visibility, visible_chunks
+from fullarc.model.mla import MLA, Index, Visibility, block_size, visible_chunks
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
 from fullarc.model.ops import RMSNorm, rope_tables
 from fullarc.model.quant import Linear, QuantScheme
@@ -95,7 +96,7 @@ class DecoderLayer(nn.Module):
         h_BTD = h_BTD + attended
         normed = self.post_attention_layernorm(h_BTD)
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed, seen.valid_BT)
+            out, stats = self.mlp(normed, seen.valid_BT, seen.context)
             return LayerOutput(h_BTD + out, kl, stats, index)
         return LayerOutput(h_BTD + self.mlp(normed), kl, None, index)
 
@@ -130,6 +131,7 @@ class GlmMoeDsa(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.context: Context = WHOLE
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -210,17 +212,8 @@ class GlmMoeDsa(nn.Module):
             indexer_loss: "off", "dense" (warm-up: attention stays dense) or "sparse".
         """
         self._check(input_ids, doc_ids, parent_ids)
-        seen = {
-            window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
-            for window in {self.config.window(layer) for layer in range(len(self.layers))}
-        }
-        h_BTD = self._embed(input_ids)
-        kls, stats, index = [], [], None
-        for layer in self.layers:
-            window = cast("DecoderLayer", layer).window
-            h_BTD, kl, layer_stats, index = self._apply_layer(layer, h_BTD, seen[window], index)
-            kls.append(kl)
-            stats.append(layer_stats)
+        seen = self._seen(self.layers, input_ids, doc_ids, parent_ids, indexer_loss)
+        h_BTD, kls, stats = self._apply_layers(self.layers, self._embed(self.context.own(input_ids)), seen)
         hidden_BTD = self.norm(h_BTD.to(self.norm.weight.dtype))
         return TrunkOutput(hidden_BTD, *self._summary(kls, stats, hidden_BTD))
 
@@ -244,7 +237,7 @@ class GlmMoeDsa(nn.Module):
         if not layers:
             raise ValueError("num_nextn_predict_layers is 0: this model has no MTP layer")
         self._check(input_ids, doc_ids, parent_ids)
-        if hidden_BTD.shape != (*input_ids.shape, self.config.hidden_size):
+        if hidden_BTD.shape != (*self.context.own(input_ids).shape, self.config.hidden_size):
             raise ValueError(
                 f"hidden_BTD {tuple(hidden_BTD.shape)} does not belong to input_ids {tuple(input_ids.shape)}"
             )
@@ -254,7 +247,7 @@ class GlmMoeDsa(nn.Module):
         turns = [min(first + step, len(layers) - 1) for step in range(steps)]
         for step, turn in enumerate(turns):
             layer = layers[turn]
-            joined = layer.join(_shift(embedded, step + 1, doc_ids), h)
+            joined = layer.join(seen.context.own(_shift(embedded, step + 1, doc_ids)), h)
             h, kl, layer_stats, _ = self._apply_layer(layer, joined, seen)
             h = layer.norm(h.to(hidden_BTD.dtype))
             outputs.append(h)
@@ -284,6 +277,35 @@ class GlmMoeDsa(nn.Module):
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedded = self.embed_tokens(input_ids)
         return embedded.to(self.compute_dtype or embedded.dtype)
+
+    def _seen(
+        self,
+        layers: Iterable[nn.Module],
+        input_ids: Tensor,
+        doc_ids: Tensor | None,
+        parent_ids: Tensor | None,
+        indexer_loss: str,
+    ) -> dict[int, Visibility]:
+        """What may be seen in these layers, for each of their windows."""
+        windows = sorted({cast("DecoderLayer", layer).window for layer in layers})
+        return {
+            window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
+            for window in windows
+        }
+
+    def _apply_layers(
+        self, layers: Iterable[nn.Module], h_BTD: Tensor, seen: dict[int, Visibility]
+    ) -> tuple[Tensor, list[Tensor | None], list[RoutingStats | None]]:
+        """States after a run of decoder layers, the first of which has its own indexer; each one's KL and routing."""
+        kls: list[Tensor | None] = []
+        stats: list[RoutingStats | None] = []
+        index = None
+        for layer in layers:
+            window = cast("DecoderLayer", layer).window
+            h_BTD, kl, layer_stats, index = self._apply_layer(layer, h_BTD, seen[window], index)
+            kls.append(kl)
+            stats.append(layer_stats)
+        return h_BTD, kls, stats
 
     def _apply_layer(
         self, layer: nn.Module, h_BTD: Tensor, seen: Visibility, index: Index | None = None
@@ -338,13 +360,28 @@ class GlmMoeDsa(nn.Module):
                 )
                 sizes.scatter_add_(1, doc_ids, torch.ones_like(doc_ids))
                 positions = positions + torch.where(parent_ids > 0, sizes.gather(1, parent_ids), 0)
-        cos, sin = rope_tables(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        own = self.context.own
+        cos, sin = rope_tables(own(positions), self.config.qk_rope_head_dim, self.config.rope_theta)
         topk = None if indexer_loss == "dense" else self.config.index_topk
         near = (positions[: 1 if doc_ids is None else None], window) if 0 < window < length else None
-        if doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk and near is None:
+        plain = (
+            doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk and near is None
+        )
+        if plain and not self.context.divided:
             return Visibility(cos, sin)
-        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device, near)
-        return Visibility(cos, sin, chunks, indexer_loss, valid)
+        runs = self.context.runs(length)
+        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device, near, runs)
+        sparse = bool(self.context.total(torch.tensor(sum(chunk.sparse for chunk in chunks))))
+        return Visibility(
+            cos,
+            sin,
+            chunks,
+            block_size(doc_ids),
+            sparse,
+            indexer_loss,
+            None if valid is None else own(valid),
+            self.context,
+        )
 
     @staticmethod
     def _summary(

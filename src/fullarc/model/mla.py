@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.context import WHOLE, Context
 from fullarc.model.gather import gathered_attention
 from fullarc.model.indexer import FEW, Indexer, choose, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
@@ -32,14 +33,17 @@ class Chunk:
     """A run of queries and the blocks of keys that some of them may see.
 
     Attributes:
-        part: the queries' positions in the row.
+        part: the queries among those that are computed here.
+        first: position in the row of the first of them.
         blocks: numbers of the blocks of keys, ascending; all others are invisible to all of these queries.
         keys: positions of the keys in these blocks [S].
-        packed_BtS: who may see whom among them, boolean; None when a row is one document, where it is the past.
+        packed_BtS: who may see whom among them, boolean, of each row or, if alike, of one; None when a row is one
+            document, where it is the past.
         sparse: whether the indexer narrows the choice: some query may see more than its top-k.
     """
 
     part: slice
+    first: int
     blocks: list[int]
     keys: Tensor
     packed_BtS: Tensor | None
@@ -50,16 +54,24 @@ class Chunk:
         """Who may see whom, boolean [B or 1, t, S]."""
         if self.packed_BtS is not None:
             return self.packed_BtS
-        index_t = torch.arange(self.part.start, self.part.stop, device=self.keys.device)
+        there = self.in_row(self.part)
+        index_t = torch.arange(there.start, there.stop, device=self.keys.device)
         return (index_t[:, None] >= self.keys)[None]
+
+    def in_row(self, few: slice) -> slice:
+        """Where the queries `few` are in the row."""
+        shift = self.first - self.part.start
+        return slice(few.start + shift, few.stop + shift)
 
     def hide(self, scores_tS: Tensor, b: int, few: slice) -> Tensor:
         """Scores of the queries `few` of row b, -inf in place where a key may not be seen."""
         if self.packed_BtS is not None:
             mine = slice(few.start - self.part.start, few.stop - self.part.start)
-            return scores_tS.masked_fill_(~self.packed_BtS[b, mine], -torch.inf)
-        later_tS = scores_tS[:, few.start :]
-        index_t, index_S = self.keys[few], self.keys[few.start : scores_tS.shape[-1]]
+            row = b if len(self.packed_BtS) > 1 else 0
+            return scores_tS.masked_fill_(~self.packed_BtS[row, mine], -torch.inf)
+        there = self.in_row(few)
+        later_tS = scores_tS[:, there.start :]
+        index_t, index_S = self.keys[there], self.keys[there.start : scores_tS.shape[-1]]
         later_tS.masked_fill_(index_t[:, None] < index_S, -torch.inf)
         return scores_tS
 
@@ -71,21 +83,26 @@ class Visibility:
     Attributes:
         cos, sin: RoPE tables [B, T, P].
         chunks: all queries in order, a block at a time; None when plain causal and dense (one document a row).
+        block: positions per block of keys.
+        sparse: whether any query of the rows, wherever it is computed, is sparse.
         indexer_loss: "off", "dense" (KL over all allowed keys) or "sparse" (KL over the selected set).
         valid_BT: boolean, False on padding.
+        context: where the other positions of the rows are, when the T here are not all.
     """
 
     cos: Tensor
     sin: Tensor
     chunks: list[Chunk] | None = None
+    block: int = BLOCK
+    sparse: bool = False
     indexer_loss: str = "off"
     valid_BT: Tensor | None = None
+    context: Context = WHOLE
 
-    @property
-    def block(self) -> int:
-        """Positions per block of keys: as many as the first chunk has queries."""
-        assert self.chunks is not None
-        return self.chunks[0].part.stop
+
+def block_size(doc_ids: Tensor | None) -> int:
+    """Positions per block of keys: small where rows are packed, so that other documents are passed over."""
+    return LONG_BLOCK if doc_ids is None else BLOCK
 
 
 def visible_chunks(
@@ -95,37 +112,42 @@ def visible_chunks(
     topk: int | None,
     device: torch.device,
     near: tuple[Tensor, int] | None = None,
+    runs: Sequence[tuple[int, int]] | None = None,
 ) -> list[Chunk]:
-    """The queries of rows of `length` in chunks, each with the blocks of keys it needs.
+    """The queries of rows of `length` in chunks, each with the blocks of keys it needs; of `runs` only, if given.
 
     A packed row is a band of small documents, so most blocks are invisible to most queries and are never touched;
     and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse. `near`: positions within their
     documents [B, T], and how many keys up to its own a query may see.
     """
-    block = LONG_BLOCK if doc_ids is None else BLOCK
+    block = block_size(doc_ids)
     index_T = torch.arange(length, device=device)
     places = index_T.split(block)
-    chunks = []
-    for number, queries in enumerate(places):
-        part = slice(number * block, number * block + len(queries))
+    pieces_of = (index_T[start:stop].split(block) for start, stop in runs or [(0, length)])
+    chunks, done = [], 0
+    for queries in (piece for pieces in pieces_of for piece in pieces):
+        there = slice(int(queries[0]), int(queries[-1]) + 1)
+        part = slice(done, done + len(queries))
+        done, ends = part.stop, -(-there.stop // block)
         if doc_ids is None and near is None:
-            blocks, packed, most = list(range(number + 1)), None, part.stop
+            blocks, packed, most = list(range(ends)), None, there.stop
         else:
-            allowed = (queries[:, None] >= index_T[: part.stop])[None]
+            past = slice(min(ends * block, length))
+            allowed = (queries[:, None] >= index_T[past])[None]
             if doc_ids is not None:
-                same = doc_ids[:, part, None] == doc_ids[:, None, : part.stop]
+                same = doc_ids[:, there, None] == doc_ids[:, None, past]
                 if parent_ids is not None:
-                    parent = parent_ids[:, part, None]
-                    same |= (parent == doc_ids[:, None, : part.stop]) & (parent > 0)
+                    parent = parent_ids[:, there, None]
+                    same |= (parent == doc_ids[:, None, past]) & (parent > 0)
                 allowed = same & allowed
             if near is not None:
                 places_BT, window = near
-                allowed = allowed & (places_BT[:, part, None] - places_BT[:, None, : part.stop] < window)
+                allowed = allowed & (places_BT[:, there, None] - places_BT[:, None, past] < window)
             pieces = allowed.split(block, -1)
             blocks = [other for other, piece in enumerate(pieces) if piece.any()]
             packed, most = torch.cat([pieces[other] for other in blocks], -1), int(allowed.sum(-1).max())
         keys = torch.cat([places[other] for other in blocks])
-        chunks.append(Chunk(part, blocks, keys, packed, topk is not None and most > topk))
+        chunks.append(Chunk(part, there.start, blocks, keys, packed, topk is not None and most > topk))
     return chunks
 
 
@@ -171,7 +193,7 @@ class Index:
 
         def take(place: tuple[Chunk, int, slice], scratch: Scratch) -> None:
             chunk, b, few = place
-            past = slice(max(few.stop, self.indexer.topk + 1))
+            past = slice(max(chunk.in_row(few).stop, self.indexer.topk + 1))
             keys = row_BTd[b, past] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
             scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few], scratch)
             taken = choose(chunk.hide(scores, b, few), self.indexer.topk, scratch)
@@ -245,63 +267,83 @@ class MLA(nn.Module):
         and the mean over layers has the gradient of the KL from their mean attention (IndexShare).
         """
         q_latent, q_nope, q_rope = self.queries(h_BTD, seen.cos, seen.sin)
-        latent_BTC, k_rope_BTR = self.latents(h_BTD, seen.cos, seen.sin)
-        if seen.chunks is not None and self.indexer is not None:
+        stored = seen.context.gather(*self.latents(h_BTD, seen.cos, seen.sin))
+        if seen.chunks is None:
+            index = None
+        elif self.indexer is not None:
             index = self._index(self.indexer, h_BTD, q_latent, seen)
+        out_BTHV, kl, rows = seen.context.attend(self._attend, q_nope, q_rope, *stored, index, seen)
+        out_BTD = self.o_proj(out_BTHV.flatten(2))
+        return out_BTD, None if rows is None else kl / seen.context.total(rows).clamp_min(1), index
+
+    def _attend(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_BSC: Tensor,
+        k_rope_BSR: Tensor,
+        index: Index | None,
+        seen: Visibility,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output [B, T, H, V] of these queries, the indexer's KL summed over rows, and how many (None: it is off).
+
+        The keys are the whole row's, of which the expanded form takes what the queries that do not gather may see.
+        """
         runs = self._runs(index, seen)
-        near = [run[0].part.stop for run in runs if not self._gathers(index, seen, run[0])]
-        reach = slice(max(near, default=0) if runs else None)  # beyond, the expanded form is never needed
-        up = self.kv_b_proj(latent_BTC[:, reach]).unflatten(-1, (self.heads, self.nope + self.value))
-        k_rope = k_rope_BTR[:, reach].unsqueeze(2).expand(-1, -1, self.heads, -1)
-        q_BHTd = torch.cat((q_nope[:, reach], q_rope[:, reach]), -1).transpose(1, 2)
-        k_nope, v_BTHV = up.split((self.nope, self.value), -1)
-        k_BHTd = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
-        v_BHTV = v_BTHV.transpose(1, 2)
+        expanded = [run[0] for run in runs if not self._gathers(index, seen, run[0])]
+        near = slice(max((chunk.part.stop for chunk in expanded), default=0) if runs else None)
+        ends = ((chunk.blocks[-1] + 1) * seen.block for chunk in expanded)
+        reach = slice(max(ends, default=0) if runs else None)
+        up = self.kv_b_proj(latent_BSC[:, reach]).unflatten(-1, (self.heads, self.nope + self.value))
+        k_rope = k_rope_BSR[:, reach].unsqueeze(2).expand(-1, -1, self.heads, -1)
+        q_BHTd = torch.cat((q_nope[:, near], q_rope[:, near]), -1).transpose(1, 2)
+        k_nope, v_BSHV = up.split((self.nope, self.value), -1)
+        k_BHSd = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
+        v_BHSV = v_BSHV.transpose(1, 2)
 
         if seen.chunks is None:
             out_BHTV = F.scaled_dot_product_attention(
-                q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
+                q_BHTd, k_BHSd, v_BHSV, is_causal=True, scale=self.scale
             )
-            return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, None
-        keys, values = k_BHTd.split(seen.block, 2), v_BHTV.split(seen.block, 2)
-        stored_BTW = torch.cat((latent_BTC, k_rope_BTR), -1)
-        outs, kl, rows = [], h_BTD.new_zeros((), dtype=torch.float32), h_BTD.new_zeros((), dtype=torch.long)
+            return out_BHTV.transpose(1, 2), None, None
+        keys, values = k_BHSd.split(seen.block, 2), v_BHSV.split(seen.block, 2)
+        stored_BSW = torch.cat((latent_BSC, k_rope_BSR), -1)
+        outs, kl, rows = [], q_nope.new_zeros((), dtype=torch.float32), q_nope.new_zeros((), dtype=torch.long)
         for chunk, *others in runs:
             if index is not None and self._gathers(index, seen, chunk):
                 run = [chunk, *others]
-                out, chunk_kl, chunk_rows = self._gathered(q_nope, q_rope, stored_BTW, index, run, seen)
+                out, chunk_kl, chunk_rows = self._gathered(q_nope, q_rope, stored_BSW, index, run, seen)
                 outs.append(out)
                 kl, rows = kl + chunk_kl, rows + chunk_rows
                 continue
-            q_BHtd, k_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
+            q_BHtd, mine_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
             scores_BtS, mask_BtS = self._choose(index, chunk)
             if scores_BtS is not None and seen.indexer_loss != "off":
                 support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
                 if seen.valid_BT is not None:
                     support = support & seen.valid_BT[:, chunk.part, None]
                 support = support.expand_as(scores_BtS)
-                attention = self._attention(q_BHtd, k_BHSd, support)
+                attention = self._attention(q_BHtd, mine_BHSd, support)
                 chunk_kl, chunk_rows = indexer_kl(scores_BtS, attention, support)
                 kl, rows = kl + chunk_kl, rows + chunk_rows
-            v_BHSV = _join(values, chunk.blocks, 2)
             outs.append(
                 F.scaled_dot_product_attention(
-                    q_BHtd, k_BHSd, v_BHSV, mask_BtS.unsqueeze(1), scale=self.scale
+                    q_BHtd, mine_BHSd, _join(values, chunk.blocks, 2), mask_BtS.unsqueeze(1), scale=self.scale
                 ).transpose(1, 2)
             )
-        out_BTD = self.o_proj(torch.cat(outs, 1).flatten(2))
-        return out_BTD, None if seen.indexer_loss == "off" else kl / rows.clamp_min(1), index
+        out_BTHV = torch.cat(outs, 1)
+        return (out_BTHV, None, None) if seen.indexer_loss == "off" else (out_BTHV, kl, rows)
 
     def _index(self, indexer: Indexer, h_BTD: Tensor, q_latent: Tensor, seen: Visibility) -> Index | None:
         """What the indexer says of each token; None where nobody asks. Its inputs are detached."""
-        if seen.indexer_loss == "off" and not any(chunk.sparse for chunk in seen.chunks or ()):
+        if seen.indexer_loss == "off" and not seen.sparse:
             return None
         with torch.set_grad_enabled(seen.indexer_loss != "off" and torch.is_grad_enabled()):
             h, latent = h_BTD.detach(), q_latent.detach()
             return Index(
                 indexer,
                 indexer.queries(latent, seen.cos, seen.sin),
-                indexer.keys(h, seen.cos, seen.sin).split(seen.block, 1),
+                seen.context.gather(indexer.keys(h, seen.cos, seen.sin))[0].split(seen.block, 1),
                 indexer.head_weights(h),
                 seen.indexer_loss != "off",
                 self.lends,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
+from fullarc.model.context import WHOLE, Context
 from fullarc.model.ops import stable_topk
 from fullarc.model.quant import Linear, QuantScheme, fake_quantize, rounded
 
@@ -182,7 +183,9 @@ class MoE(nn.Module):
                 assert isinstance(linear, Linear)
                 linear.scheme = scheme if shared else None
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, RoutingStats]:
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None, context: Context = WHOLE
+    ) -> tuple[Tensor, RoutingStats]:
         x_MD = x_BTD.flatten(0, 1)
         scores_ME, chosen_MK, weights_MK = self.gate(x_MD)
         slot_MK, ends_E = dispatch(chosen_MK, scores_ME.shape[-1])
@@ -191,20 +194,28 @@ class MoE(nn.Module):
         y_MD = _Combine.apply(out_PD, weights_MK.to(out_PD.dtype), slot_MK, token_P)
         if self.shared_experts is not None:
             y_MD = y_MD + self.shared_experts(x_MD)
-        return y_MD.view_as(x_BTD), self._stats(scores_ME, chosen_MK, x_BTD.shape, valid_BT)
+        return y_MD.view_as(x_BTD), self._stats(scores_ME, chosen_MK, x_BTD.shape, valid_BT, context)
 
     def _stats(
-        self, scores_ME: Tensor, chosen_MK: Tensor, shape: torch.Size, valid_BT: Tensor | None
+        self,
+        scores_ME: Tensor,
+        chosen_MK: Tensor,
+        shape: torch.Size,
+        valid_BT: Tensor | None,
+        context: Context,
     ) -> RoutingStats:
-        """Load and sequence-wise auxiliary loss: mean over sequences of sum_e f_e P_e (DeepSeek-V3, Eqs 17-20)."""
+        """Load and sequence-wise auxiliary loss: mean over sequences of sum_e f_e P_e (DeepSeek-V3, Eqs 17-20).
+
+        Of a divided row both are the part of the positions that are here, with the f_e of the whole row.
+        """
         experts, k = scores_ME.shape[-1], chosen_MK.shape[-1]
         valid = scores_ME.new_ones(shape[:2]) if valid_BT is None else valid_BT.to(scores_ME.dtype)
         hits_BTE = (
             torch.zeros_like(scores_ME).scatter_(-1, chosen_MK, 1.0).view(*shape[:2], experts)
             * valid[..., None]
         )
-        tokens_B = valid.sum(1).clamp_min(1.0)
-        share_BE = hits_BTE.sum(1) * (experts / k) / tokens_B[:, None]
+        tokens_B = context.total(valid.sum(1)).clamp_min(1.0)
+        share_BE = context.total(hits_BTE.sum(1)) * (experts / k) / tokens_B[:, None]
         probability = scores_ME / (scores_ME.sum(-1, keepdim=True) + WEIGHT_FLOOR)
         mean_BE = (probability.view(*shape[:2], experts) * valid[..., None]).sum(1) / tokens_B[:, None]
         return RoutingStats(hits_BTE.sum((0, 1)).detach(), (share_BE * mean_BE).sum(-1).mean())

@@ -173,7 +173,9 @@ class LmLoss:
 
     def __call__(self, model: Any, batch: Batch) -> LossSum:
         out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss=self.indexer)
-        total, nll, count = _ce(model, out.hidden_BTD, batch.targets(1), self.chunk, self.z_weight)
+        targets = batch.targets(1)
+        total, nll, count = _ce(model, out.hidden_BTD, targets, self.chunk, self.z_weight)
+        weight = int(targets[1].sum())  # of the rows, of which another process may have a part
         metrics: dict[str, tuple[float, float]] = {"loss": (float(nll), count)}
         parts, load_LE = [out], out.router_load_LE
         if self.mtp_steps:
@@ -188,25 +190,25 @@ class LmLoss:
             )
             scale = self.mtp_weight / self.mtp_steps * len(batch.ids_BT) / n_rows
             for depth, state_BTD in enumerate(extra.hidden):
-                loss, nll, targets = _ce(model, state_BTD, part.targets(2 + depth), self.chunk)
+                loss, nll, predicted = _ce(model, state_BTD, part.targets(2 + depth), self.chunk)
                 total = total + scale * loss
-                metrics[f"mtp_loss_{depth + 1}"] = (float(nll), targets)
+                metrics[f"mtp_loss_{depth + 1}"] = (float(nll), predicted)
             parts.append(extra)
             load_LE = torch.cat((load_LE, extra.router_load_LE))
         if self.aux_weight:
-            total = total + self.aux_weight * count * sum(part.aux_loss for part in parts)
+            total = total + self.aux_weight * weight * sum(part.aux_loss for part in parts)
         if self.index_weight:
             kl = sum(part.index_kl for part in parts)
-            total = total + self.index_weight * count * kl
-            metrics["index_kl"] = (float(out.index_kl.detach()) * count, count)
+            total = total + self.index_weight * weight * kl
+            metrics["index_kl"] = (float(out.index_kl.detach()) * weight, count)
         return LossSum(total, count, metrics, load_LE)
 
 
 def _ce(
     model: Any, hidden_BTD: Tensor, targets: tuple[Tensor, Tensor], chunk: int, z: float = 0.0
 ) -> tuple[Tensor, Tensor, int]:
-    """Summed cross-entropy at the trained positions only, without its z term, and their number."""
-    targets_BT, mask_BT = targets
+    """Summed cross-entropy at the trained positions here only, without its z term, and their number."""
+    targets_BT, mask_BT = map(model.context.targets, targets)
     total, nll = cross_entropy_sum(
         hidden_BTD[mask_BT], model.lm_head.weight, targets_BT[mask_BT], chunk=chunk, z=z
     )
@@ -220,14 +222,15 @@ def indexer_warmup_loss(model: Any, batch: Batch, mtp_steps: int = 0) -> LossSum
     so no other graph is kept.
     """
     out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss="dense")
-    count = int((batch.docs_BT > 0).sum())
+    tokens_BT = batch.docs_BT > 0
+    weight, count = int(tokens_BT.sum()), int(model.context.targets(tokens_BT).sum())
     total = out.index_kl
     if mtp_steps:
         extra = model.mtp(
             out.hidden_BTD, batch.ids_BT, **batch.structure, steps=mtp_steps, indexer_loss="dense"
         )
         total = total + extra.index_kl
-    return LossSum(total * count, count, {"index_kl": (float(out.index_kl.detach()) * count, count)})
+    return LossSum(total * weight, count, {"index_kl": (float(out.index_kl.detach()) * weight, count)})
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ from fullarc.train.schedule import batch_size, schedule
 from fullarc.train.trainer import LossFn, Trainer, trained
 
 HELD_ROWS = 4
+PIPELINE_FILL = 4
+"""Default micro-batches for each stage of a pipeline, which then idles at most a fifth of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Phase:
         trainable: which parameter names move.
         save_every, log_every: in steps.
         workers: forward passes computed at once.
-        parallel: what several processes divide beside the batch: optimizer state, or weights and gradients too.
+        parallel: what several processes divide, as in `LMStage`.
+        mtp_steps: how often the loss applies the MTP layer; a pipeline places it accordingly.
         compute: in which precision, and what is kept for the backward pass.
         seed: seed of the order of the rows.
     """
@@ -68,6 +71,7 @@ class Phase:
     held: int = 0
     workers: int = 1
     parallel: Parallel = "zero1"
+    mtp_steps: int = 0
     compute: Compute = Compute()
 
 
@@ -99,15 +103,15 @@ def run_phase(
         if ranks.first:
             saved.clear()
         return dict(saved_data_state(out)["metrics"])
-    model = prepare(begin(), phase.compute)
-    rows = Rows(phase.rows, phase.batch_rows, phase.seed, model.config.vocab_size, phase.held)
-    if rows.length > model.config.max_position_embeddings:
+    trainer = _trainer(phase, prepare(begin(), phase.compute), ranks)
+    config = trainer.model.config
+    rows = Rows(phase.rows, phase.batch_rows, phase.seed, config.vocab_size, phase.held)
+    if rows.length > config.max_position_embeddings:
         raise FullarcError(
             f"{phase.rows}: rows of {rows.length} tokens exceed the model's max_position_embeddings "
-            f"{model.config.max_position_embeddings}.",
+            f"{config.max_position_embeddings}.",
             "Pack shorter rows, or start from a model with more positions.",
         )
-    trainer = _trainer(phase, model, ranks)
     metrics: dict[str, float] = {}
     newest = saved.latest()
     if newest is not None:
@@ -134,11 +138,19 @@ def run_phase(
 
 def _trainer(phase: Phase, model: GlmMoeDsa, ranks: Ranks) -> Trainer:
     common = model, phase.optim, phase.lr, phase.trainable, phase.router_bias_rate
-    if phase.parallel != "zero1" and ranks.size > 1:
-        from fullarc.train.parallel.fsdp import FsdpTrainer
+    if ranks.size == 1 or phase.parallel == "zero1":
+        return Trainer(*common, phase.workers, ranks)
+    if phase.parallel == "cp":
+        from fullarc.train.parallel.context import ContextTrainer
 
-        return FsdpTrainer(*common, ranks, expert_parallel=phase.parallel == "fsdp2+ep")
-    return Trainer(*common, phase.workers, ranks)
+        return ContextTrainer(*common, ranks)
+    if phase.parallel == "pp":
+        from fullarc.train.parallel.pipeline import PipelineTrainer
+
+        return PipelineTrainer(*common, ranks, phase.mtp_steps)
+    from fullarc.train.parallel.fsdp import FsdpTrainer
+
+    return FsdpTrainer(*common, ranks, expert_parallel=phase.parallel == "fsdp2+ep")
 
 
 class Window:
@@ -309,11 +321,12 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         index_weight=stage.indexer_weight,
     )
     first_rows = stage.batch_start_tokens // stage.seq_len if stage.batch_warmup_steps else stage.batch_rows
+    parts = {"cp": 2, "pp": PIPELINE_FILL * stage.processes}.get(stage.parallel, stage.processes)
     return Phase(
         steps=steps,
         rows=rows,
         batch_rows=stage.batch_rows,
-        micro_rows=stage.micro_batch_rows or max(1, first_rows // max(2, stage.processes)),
+        micro_rows=stage.micro_batch_rows or max(1, first_rows // max(2, parts)),
         batch_start=first_rows,
         batch_warmup=stage.batch_warmup_steps,
         optim=OptimSettings(
@@ -334,6 +347,7 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
         held=HELD_ROWS if isinstance(stage, DSA) else 0,
         workers=stage.threads or ctx.recipe.threads,
         parallel=stage.parallel,
+        mtp_steps=depths,
         compute=stage,
     )
 

@@ -89,7 +89,7 @@ class Trainer:
         self.parameters: dict[str, nn.Parameter] = {
             n: p for n, p in model.named_parameters() if p.requires_grad
         }
-        if not self.parameters:
+        if not any(ranks.gather(bool(self.parameters))):
             raise ValueError("no parameter is trainable")
         self.optimizer = self._optimizer()
 
@@ -109,7 +109,7 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.grad = None
         sums = StepSums()
-        mine = range(len(micro_batches))[self.ranks.rank :: self.ranks.size]
+        mine = self._share(len(micro_batches))
         passes = self._passes([micro_batches[index] for index in mine], loss_fn)
         for index, (out, grads) in zip(mine, passes, strict=True):
             if not torch.isfinite(out.total):
@@ -138,6 +138,10 @@ class Trainer:
             metrics |= load_statistics(sums.load_LE, self.model.config)
         seconds = time.perf_counter() - started
         return {**metrics, "lr": lr, "grad_norm": norm, "count": sums.count, "seconds": seconds}
+
+    def _share(self, micro_batches: int) -> range:
+        """Which of a step's micro-batches are computed here."""
+        return range(micro_batches)[self.ranks.rank :: self.ranks.size]
 
     def _passes(
         self, micro_batches: Sequence[Any], loss_fn: LossFn
@@ -168,27 +172,37 @@ class Trainer:
         Each rank does so with those that its part of the optimizer uses.
         """
         grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
-        square = float(torch.nn.utils.get_total_norm(grads)) ** 2
+        square = float(torch.nn.utils.get_total_norm(self._measured())) ** 2
         norm = sum(self.ranks.gather(square)) ** 0.5 / count
         if not norm < float("inf"):
             raise self._non_finite("the gradient")
         clip = self.settings.clip
         shrink = clip / (norm + 1e-6) if clip and norm > clip else 1.0
-        torch._foreach_mul_(grads, shrink / count)
+        if grads:
+            torch._foreach_mul_(grads, shrink / count)
         return norm
+
+    def _measured(self) -> list[Tensor]:
+        """The gradients whose norm this rank adds to that of all."""
+        return [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
 
     def _non_finite(self, what: str) -> NonFinite:
         """The error that names the first bad weight, else the first bad gradient; drops all gradients."""
-        where = [f"weight {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                where.append(f"gradient of {name}")
+        where = self._not_finite()
+        for parameter in self.parameters.values():
             parameter.grad = None
         first = f"; first not finite: {where[0]} ({len(where)} in all)" if where else ""
         return NonFinite(
             f"Step {self.step_number}: {what} is NaN or infinite{first}. Nothing was updated.",
             "Resume from the last checkpoint with a lower learning rate, or look at this batch.",
         )
+
+    def _not_finite(self) -> list[str]:
+        """What has a value that is NaN or infinite, weights first."""
+        grads = ((name, p.grad) for name, p in self.parameters.items() if p.grad is not None)
+        return [f"weight {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()] + [
+            f"gradient of {name}" for name, grad in grads if not torch.isfinite(grad).all()
+        ]
 
     def whole_model(self) -> Any:
         """The model with all of its weights, on the first rank at least; every rank must ask."""

@@ -38,7 +38,7 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each contiguous tensor by its sum over the ranks, the same bits on all."""
-        if self.size > 1 and not self._shared.sum_(tensors):
+        if self.size > 1 and tensors and not self._shared.sum_(tensors):
             _wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors])
 
     def spread_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
