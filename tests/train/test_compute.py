@@ -188,17 +188,23 @@ def test_a_step_without_gradient_keeps_nothing_to_compute_again(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["zero1", "fsdp2", "fsdp2+ep"])
-def test_two_processes_train_as_one_in_bf16_with_checkpointing(make_rows, tmp_path, parallel):
+@pytest.mark.parametrize("parallel, apart", [("zero1", 1e-5), ("fsdp2", 1e-5), ("fsdp2+ep", 0.05)])
+def test_two_processes_train_as_one_in_bf16_with_checkpointing(make_rows, tmp_path, parallel, apart):
+    """As a share of the way they went; experts round the sum of both ranks' gradients to bf16, not each rank's."""
     import rank_jobs
+    from test_checkpoint import tiny
 
     how = Compute(precision="bf16", checkpoint_activations=True)
     rows, changes = make_rows(), {"compute": how, "parallel": parallel}
     rank_jobs.phase(rank_jobs.ALONE, rows, tmp_path / "one", 0, **changes)
     launch(partial(rank_jobs.phase, **changes), 2, rows, tmp_path / "two")
     one, two = (load_model(tmp_path / name).state_dict() for name in ("one", "two"))
-    for name, value in one.items():
-        assert torch.allclose(two[name], value, atol=2e-3), name
+    start = tiny().state_dict()
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).square().sum() for name in start).sqrt()
+
+    assert distance(one, two) < apart * distance(one, start)
 
 
 def test_rl_computes_as_its_settings_say():
