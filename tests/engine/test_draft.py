@@ -8,8 +8,8 @@ import torch
 from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine, SamplingParams
 from fullarc.engine.draft import KEPT_STATES, Pace
+from fullarc.engine.request import Request
 from fullarc.engine.sampling import draft, sample
-from fullarc.engine.scheduler import Request
 from fullarc.model import save_model
 
 PROMPTS = [[5, 9, 13, 2] * 20, list(range(1, 60)), [7], [3 + (i * i) % 80 for i in range(150)]]

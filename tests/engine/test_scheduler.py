@@ -4,7 +4,7 @@ import pytest
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine, SamplingParams
-from fullarc.engine.scheduler import QueueFullError, Request, RequestError
+from fullarc.engine.request import QueueFullError, Request, RequestError
 
 LONG = list(range(1, 40))
 

@@ -15,8 +15,9 @@ from fullarc.config.seeds import derive
 from fullarc.engine.core import Core
 from fullarc.engine.draft import Drafter
 from fullarc.engine.products import DTYPES
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
-from fullarc.engine.scheduler import Request, RequestError, Scheduler
+from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.weights import EngineWeights, prepare
 from fullarc.model import GlmMoeDsa, load_model
 

@@ -15,8 +15,9 @@ import torch
 
 from fullarc.engine.core import Core
 from fullarc.engine.draft import Drafter, Speculation
+from fullarc.engine.request import Request
 from fullarc.engine.sampling import SamplingParams
-from fullarc.engine.scheduler import Request, Scheduler
+from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.weights import prepare
 from fullarc.model import GlmMoeDsa, load_model
 

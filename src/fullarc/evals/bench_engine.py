@@ -28,7 +28,7 @@ from fullarc.config.model import ModelConfig, preset
 from fullarc.engine import Engine, SamplingParams, mtp_accept_length
 from fullarc.engine.core import Chunk, Core
 from fullarc.engine.engine import load_weights
-from fullarc.engine.scheduler import Request
+from fullarc.engine.request import Request
 from fullarc.engine.weights import prepare
 from fullarc.evals import bench_engine_http
 from fullarc.evals.bench import claim

@@ -15,7 +15,7 @@ from fullarc.agent import ShellTool
 from fullarc.chat import Tokenizer
 from fullarc.config.stages import SandboxSettings
 from fullarc.engine import Engine, SamplingParams
-from fullarc.engine.scheduler import Request, RequestError
+from fullarc.engine.request import Request, RequestError
 from fullarc.rollout.engine_client import Completion, EngineClient, EngineError, Sampling
 from fullarc.rollout.episodes import Limits, agent_episode, single_turn
 from fullarc.rollout.gateway import Gateway

@@ -19,7 +19,7 @@ from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import EventStream, Service, Watch, event
-from fullarc.engine.scheduler import Request
+from fullarc.engine.request import Request
 
 SIGNATURE = "none"
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}

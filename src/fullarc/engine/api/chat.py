@@ -18,7 +18,7 @@ from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
-from fullarc.engine.scheduler import QueueFullError, Request
+from fullarc.engine.request import QueueFullError, Request
 
 
 class StreamOptions(BaseModel):

@@ -17,8 +17,8 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
+from fullarc.engine.request import QueueFullError, Request, RequestError
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
-from fullarc.engine.scheduler import QueueFullError, Request, RequestError
 
 
 class CompletionBody(OpenAISampling):

@@ -10,8 +10,9 @@ from starlette.responses import PlainTextResponse, Response
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.metrics import prometheus
 from fullarc.engine.api.service import Service
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
-from fullarc.engine.scheduler import Request, RequestError, Scheduler
+from fullarc.engine.scheduler import Scheduler
 
 
 class PauseBody(BaseModel):

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fullarc.engine.api.service import Service
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import MAX_LOGPROB_IDS, MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
-from fullarc.engine.scheduler import Request, RequestError
 from fullarc.engine.stops import MAX_STRINGS, StopStrings, StopWatch
 
 MAX_SAMPLES = 1024

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fullarc.chat.openai import BadRequest, dump, error_body
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.fields import explain
-from fullarc.engine.scheduler import QueueFullError
+from fullarc.engine.request import QueueFullError
 
 T = TypeVar("T", bound=BaseModel)
 MAX_BODY = 64 * 2**20

@@ -6,7 +6,8 @@ Invariant: everything is counted once, by the engine's thread or at a request's 
 from collections.abc import Iterator
 
 from fullarc.engine.draft import MAX_DRAFTS
-from fullarc.engine.scheduler import Request, Scheduler
+from fullarc.engine.request import Request
+from fullarc.engine.scheduler import Scheduler
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)

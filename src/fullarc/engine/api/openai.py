@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from fullarc.engine.api.guard import Endpoint, answer, error_answer
 from fullarc.engine.api.service import Service
-from fullarc.engine.scheduler import Request
+from fullarc.engine.request import Request
 
 
 def token_name(service: Service, token: int, as_id: bool) -> str:

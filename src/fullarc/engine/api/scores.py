@@ -15,7 +15,7 @@ from starlette.responses import Response
 from fullarc.engine.api.fields import AskedIds, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
-from fullarc.engine.scheduler import QueueFullError, Request, RequestError
+from fullarc.engine.request import QueueFullError, Request, RequestError
 
 
 class ScoreBody(BaseModel):

@@ -23,8 +23,9 @@ from fullarc.chat import Tokenizer
 from fullarc.chat.openai import dump
 from fullarc.engine.api.metrics import Latencies
 from fullarc.engine.engine import Engine
+from fullarc.engine.request import QueueFullError, Request, RequestError
 from fullarc.engine.sampling import MAX_SEED
-from fullarc.engine.scheduler import QueueFullError, Request, RequestError, Scheduler
+from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.worker import Worker
 
 STALL_S = 120.0

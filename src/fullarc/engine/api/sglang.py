@@ -15,7 +15,7 @@ from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import GrowingText
-from fullarc.engine.scheduler import QueueFullError, Request, RequestError
+from fullarc.engine.request import QueueFullError, Request, RequestError
 
 
 class GenerateBody(BaseModel):

@@ -8,7 +8,7 @@ import codecs
 
 from fullarc.chat import Tokenizer
 from fullarc.engine.api.fields import SamplingBody
-from fullarc.engine.scheduler import Request
+from fullarc.engine.request import Request
 
 
 class GrowingText:

@@ -12,8 +12,8 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
+from fullarc.engine.request import Request
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
-from fullarc.engine.scheduler import Request
 
 
 class TitoSampling(OpenAISampling):
