@@ -1,9 +1,11 @@
 """Tiny checkpoints whose selections are real: sequences are several times longer than index_topk."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 import torch
 
@@ -11,6 +13,9 @@ from fullarc.chat import Tokenizer
 from fullarc.chat.template import TOOLS_HEAD, TOOLS_TAIL
 from fullarc.config.model import ModelConfig
 from fullarc.model import GlmMoeDsa, save_model
+
+if TYPE_CHECKING:
+    from running import Running
 
 sys.path.insert(0, str(Path(__file__).parent))  # running.py
 
@@ -95,3 +100,20 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
     model = GlmMoeDsa(ModelConfig(**shape, initializer_range=0.25)).init_weights(3).eval()
     save_model(model, folder / "talking", tokenizer_dir=folder / "tok")
     return folder / "talking", tok
+
+
+@pytest.fixture
+def server(checkpoints: dict[str, Path]) -> Iterator["Running"]:
+    """A server of "v0"; several files have another one."""
+    from running import Running
+
+    running = Running(checkpoints["v0"])
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def http(server: "Running") -> Iterator[httpx.Client]:
+    """A client of the server."""
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client

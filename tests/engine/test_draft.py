@@ -84,7 +84,7 @@ def test_accepted_drafts_save_steps(likely):
     assert made.scheduler.counters.steps < 0.8 * plain.scheduler.counters.steps
     assert sum(counted.histogram) == counted.verified
     assert sum(n * times for n, times in enumerate(counted.histogram)) == counted.accepted
-    assert counted.accept_length == pytest.approx(1 + sum(counted.per_position(4)))
+    assert counted.accept_length == pytest.approx(1 + sum(counted.per_position(4)) / counted.verified)
 
 
 def test_a_stop_token_among_accepted_drafts_ends_the_completion_there(likely):

@@ -3,7 +3,6 @@
 import concurrent.futures
 import time
 
-import httpx
 import pytest
 from running import Running, wait
 
@@ -17,12 +16,6 @@ def server(talking):
     running = Running(talking[0])
     yield running
     running.stop()
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,6 @@ from fullarc.rollout.engine_client import EngineClient, EngineError, Sampling
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-@pytest.fixture
-def server(checkpoints):
-    running = Running(checkpoints["v0"])
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
-        yield client
-
-
 def generate(http, **body):
     params = {"max_new_tokens": 6, "sampling_seed": 1, "ignore_eos": True} | body.pop("sampling_params", {})
     return http.post("/generate", json={"input_ids": PROMPT, "sampling_params": params} | body)

@@ -3,7 +3,6 @@
 import json
 import random
 
-import httpx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,12 +23,6 @@ def server(talking):
     running = Running(talking[0])
     yield running
     running.stop()
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-        yield client
 
 
 def generate(http, sampling=None, **body):

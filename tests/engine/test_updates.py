@@ -7,10 +7,9 @@ import pickle
 import tempfile
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from running import Running, wait
+from running import wait
 from safetensors.torch import save
 
 from fullarc.engine import Engine
@@ -18,19 +17,6 @@ from fullarc.model import load_model
 from fullarc.model.checkpoint import state_to_disk
 
 IDS = list(range(1, 40))
-
-
-@pytest.fixture
-def server(checkpoints):
-    running = Running(checkpoints["v0"])
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fullarc.config.errors import FullarcError
 
-EOS_NAMES = ("<|endoftext|>", "<|user|>", "<|observation|>")
 HF_TYPE = "glm_moe_dsa"
 VARIANT_TYPE = "fullarc_variant"
 _VARIANT_FIELDS = ("gqa_kv_heads", "attention_pattern", "sliding_window")

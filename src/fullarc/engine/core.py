@@ -31,7 +31,7 @@ from fullarc.engine.weights import (
     MoEWeights,
     padded_heads,
 )
-from fullarc.model.moe import ROW_BLOCK, dispatch
+from fullarc.model.moe import ROW_BLOCK, dispatch, tokens_of
 from fullarc.model.pieces import Scratch
 
 # 32 floats are two vector registers: the element-wise functions of torch (sigmoid, silu, exp) compute what is left over
@@ -122,6 +122,12 @@ class Core:
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
+    @property
+    def _topk(self) -> int:
+        """Keys that a query sees: where attention is dense, more than there can be."""
+        c = self.weights.config
+        return self.cache.max_len if c.dense_attention else c.index_topk
+
     def _layer(self, number: int, layer: LayerWeights, h_ND: Tensor, batch: _Batch) -> Tensor:
         h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
         normed = _norm(h_ND, layer.ffn_norm, self.weights.config.rms_norm_eps)
@@ -138,9 +144,7 @@ class Core:
             positions += range(chunk.start, chunk.start + len(chunk.ids))
         rows = itertools.accumulate((len(chunk.ids) for chunk in chunks), initial=0)
         runs = [Run(c.slot, c.start, row, len(c.ids)) for c, row in zip(chunks, rows, strict=False)]
-        c = self.weights.config
-        topk = self.cache.max_len if c.dense_attention else c.index_topk
-        together = grids(runs, topk, first)
+        together = grids(runs, self._topk, first)
         gather = [row for grid in together for row in grid.rows]
         place = {row: at for at, row in enumerate(gather)}
         padding = -len(ids) % self._block
@@ -186,14 +190,13 @@ class Core:
         q_NAW = q_NAW.index_select(0, batch.gather)
         starts = itertools.accumulate((len(grid.rows) for grid in batch.grids), initial=0)
         parts_of = [slice(at, at + len(grid.rows)) for at, grid in zip(starts, batch.grids, strict=False)]
-        topk = self.cache.max_len if c.dense_attention else c.index_topk
-        if w.index_q is not None and any(grid.longest >= topk for grid in batch.grids):
+        if w.index_q is not None and any(grid.longest >= self._topk for grid in batch.grids):
             iq_NJI = w.index_q(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
             rotate(iq_NJI[..., :rope], cos, sin)
             iq_NJI = iq_NJI.index_select(0, batch.gather)
             w_NJ = for_index[:, c.index_head_dim :].index_select(0, batch.gather)
             batch.choices = [
-                choose(iq_NJI[own], w_NJ[own], grid, keys, topk, self._scratch)
+                choose(iq_NJI[own], w_NJ[own], grid, keys, self._topk, self._scratch)
                 for own, grid in zip(parts_of, batch.grids, strict=True)
             ]
         outs = [
@@ -220,9 +223,8 @@ def _moe(w: MoEWeights, x_ND: Tensor, rows: int) -> Tensor:
     """
     _, chosen_NK, g_NK = w.router(x_ND)
     slot_RK, ends_E = dispatch(chosen_NK[:rows], len(w.router.weight))
-    row_RK = torch.arange(rows)[:, None].expand_as(slot_RK)
-    row_P = slot_RK.new_zeros(int(ends_E[-1])).index_put_((slot_RK,), row_RK)
-    gate_PF, up_PF = w.gate_up(x_ND.index_select(0, row_P), ends_E).chunk(2, dim=-1)
+    token_P = tokens_of(slot_RK, int(ends_E[-1]))
+    gate_PF, up_PF = w.gate_up(x_ND.index_select(0, token_P), ends_E).chunk(2, dim=-1)
     out_PD = w.down(F.silu(gate_PF).mul_(up_PF), ends_E)
     y_RD = _combine(out_PD.index_select(0, slot_RK.flatten()).unflatten(0, slot_RK.shape), g_NK[:rows])
     y_ND = F.pad(y_RD, (0, 0, 0, len(x_ND) - rows))

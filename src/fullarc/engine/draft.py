@@ -54,6 +54,13 @@ class Speculation:
         self.accepted += accepted
         self.histogram[accepted] += 1
 
+    def add(self, other: "Speculation") -> None:
+        """Count what another one has counted."""
+        self.verified += other.verified
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+        self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
+
     @property
     def accept_length(self) -> float:
         """Tokens committed per verify step, the trunk's own included; 0 without a step."""
@@ -64,9 +71,9 @@ class Speculation:
         """Share of the drafts that were accepted."""
         return self.accepted / self.proposed if self.proposed else 0.0
 
-    def per_position(self, drafts: int) -> list[float]:
-        """Share of the verify steps that accepted at least 1, 2, … `drafts` drafts."""
-        return [sum(self.histogram[i + 1 :]) / max(self.verified, 1) for i in range(drafts)]
+    def per_position(self, drafts: int) -> list[int]:
+        """How many verify steps accepted at least 1, 2, … `drafts` drafts."""
+        return [sum(self.histogram[i + 1 :]) for i in range(drafts)]
 
     def told(self, tokens: int) -> dict[str, float | int | list[int]]:
         """SGLang's fields for a completion of `tokens`, in its present and its former names."""

@@ -67,11 +67,15 @@ def mtp_accept_length(
         runs = [_by_full_passes(net, prompt, draft_steps, max_new_tokens) for prompt in prompts]
     else:
         runs = _by_engine(net, prompts, draft_steps, max_new_tokens)
-    steps, tokens = [s.verified for s, _ in runs], [s.verified + s.accepted for s, _ in runs]
-    hits = [sum(sum(s.histogram[i + 1 :]) for s, _ in runs) for i in range(draft_steps)]
-    total = max(sum(steps), 1)
+    total = Speculation()
+    for spec, _ in runs:
+        total.add(spec)
     return AcceptLength(
-        sum(tokens) / total, [hit / total for hit in hits], [output for _, output in runs], steps, tokens
+        total.accept_length,
+        [hits / max(total.verified, 1) for hits in total.per_position(draft_steps)],
+        [output for _, output in runs],
+        [spec.verified for spec, _ in runs],
+        [spec.verified + spec.accepted for spec, _ in runs],
     )
 
 

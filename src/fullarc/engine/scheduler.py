@@ -344,8 +344,7 @@ class Scheduler:
         drafter.advance(
             [
                 Progress(r.spec, r.params, r.slot, r.ids, r.computed, part.chunk.start, part.row,
-                         0 if r in ends or r.computed != len(r.ids) - 1 or not r.output else min(
-                             r.params.max_new_tokens - len(r.logprobs), self.max_len - len(r.ids)) - 1)
+                         0 if r in ends else self._room(r))
                 for part in parts for r in (part.request,)
             ],
             hidden, steps,
@@ -354,6 +353,13 @@ class Scheduler:
         if drafter.pace and used == steps and all(part.decodes for part in parts):
             tokens = self.counters.generated_tokens - before
             drafter.pace.record(len(parts), steps, tokens, time.perf_counter() - began)
+
+    def _room(self, request: Request) -> int:
+        """Drafts that may follow a sequence's last known token; none before its first sampled one."""
+        if not request.logprobs or request.computed != len(request.ids) - 1:
+            return 0
+        left = request.params.max_new_tokens - len(request.logprobs)
+        return min(left, self.max_len - len(request.ids)) - 1
 
     def _score(self, request: Request, hidden: torch.Tensor, row: int, count: int) -> None:
         """Append log-probs (temperature 1) of the prompt tokens that follow `count` rows from `row` on."""

@@ -15,7 +15,6 @@ from typing import TypeVar
 from fullarc.engine.scheduler import Scheduler
 
 T = TypeVar("T")
-IDLE_S = 1.0
 
 
 class Worker:

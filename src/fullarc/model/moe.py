@@ -92,12 +92,6 @@ class Experts(nn.Module):
         inner_MF = rounded((F.silu(gate_MF) * up_MF).contiguous(), self.scales[1])
         return F.grouped_mm(inner_MF, down.mT, offs=ends_E)
 
-    def dense(self, x_MD: Tensor) -> Tensor:
-        """Every expert on every row: [E, M, D]. Row-invariant; the engine's choice for small expert counts."""
-        gate_up, down = (weight.to(x_MD.dtype) for weight in self.used())
-        gate, up = torch.bmm(x_MD.expand(len(gate_up), -1, -1), gate_up.mT).chunk(2, dim=-1)
-        return torch.bmm(F.silu(gate) * up, down.mT)
-
 
 def dispatch(chosen_MK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Where each (token, choice) goes: its row [M, K] in the buffer sorted by expert, and the runs' ends [E].

@@ -124,9 +124,8 @@ def prometheus(s: Scheduler, latencies: Latencies, busy_s: float) -> str:
             lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     lines.append(f"# TYPE {name} counter")
-    lines += [
-        f'{name}{{position="{place}"}} {sum(c.spec.histogram[place + 1 :])}' for place in range(MAX_DRAFTS)
-    ]
+    hits = enumerate(c.spec.per_position(MAX_DRAFTS))
+    lines += [f'{name}{{position="{place}"}} {count}' for place, count in hits]
     config = f'block_size="1",num_gpu_blocks="{capacity}",kv_cache_size_tokens="{capacity}"'
     lines += ["# TYPE vllm:num_requests_waiting_by_reason gauge", "# TYPE vllm:cache_config_info gauge"]
     lines += [f'vllm:num_requests_waiting_by_reason{{reason="capacity"}} {waiting}']
