@@ -32,9 +32,8 @@ from fullarc.data.stage import build_tokenizer, midtrain_rows, pretrain_rows
 from fullarc.engine import mtp_accept_length
 from fullarc.evals.paper_metrics import bits_per_byte, held_rows, largest_logit, questions, recall
 from fullarc.model import GlmMoeDsa, load_model, save_model
-from fullarc.train import LmLoss, OptimSettings, Rows, Trainer, schedule, trained
-from fullarc.train.losses import indexer_warmup_loss
-from fullarc.train.trainer import LossFn
+from fullarc.train import Rows, Trainer
+from fullarc.train.method import method_of, warm_up_of
 
 DRAFTS = 4
 PROMPT_TOKENS, NEW_TOKENS = 48, 32
@@ -196,42 +195,26 @@ class Lab:
     ) -> GlmMoeDsa:
         """Train as a stage says; `warm_up`: its indexer's warm-up instead. `each` is told the number of every step."""
         indexer = isinstance(stage, DSA) and not model.config.dense_attention
-        steps, lr = (
-            stage.steps,
-            schedule(
-                peak=stage.lr,
-                final=stage.lr_end,
-                warmup=stage.warmup_steps,
-                total=stage.steps,
-                shape=stage.schedule,
-            ),
+        stage = stage.model_copy(
+            update={
+                "optimizer": optimizer or stage.optimizer,
+                "mtp_steps": mtp_steps,
+                "indexer_weight": stage.indexer_weight if indexer else 0.0,
+            }
         )
-        loss: LossFn = LmLoss(
-            mtp_steps=mtp_steps, mtp_weight=stage.mtp_weight, mtp_rows=stage.mtp_rows, aux_weight=stage.aux_loss,
-            index_weight=stage.indexer_weight if indexer else 0.0,
-        )  # fmt: skip
-        if warm_up:
-            assert isinstance(stage, DSA)
-            steps, loss = stage.indexer_steps, partial(indexer_warmup_loss, mtp_steps=0)
-            lr = schedule(peak=stage.indexer_lr, final=stage.indexer_lr_end, total=steps, shape="cosine")
+        how = warm_up_of(stage) if warm_up and isinstance(stage, DSA) else method_of(stage)
         rows = Rows(
             self.rows(stage),
             stage.batch_rows,
             derive(seed, type(stage).__name__.lower(), warm_up),
             model.config.vocab_size,
         )
-        kind: Any = optimizer or stage.optimizer
-        settings = OptimSettings(
-            kind=kind, weight_decay=stage.weight_decay, clip=stage.grad_clip, adamw_scale=stage.adamw_scale
-        )
-        chosen = trained(indexer=indexer, mtp=mtp_steps > 0, trunk=not warm_up)
-        bias_rate = 0.0 if warm_up else stage.router_bias_rate
-        trainer = Trainer(model.train(), settings, lr, chosen, bias_rate)
+        trainer = Trainer(model.train(), how.optim, how.lr, how.trainable, how.router_bias_rate)
         micro = 1 if indexer else max(1, 2048 // rows.length)
-        for step in range(1, steps + 1):
-            metrics = trainer.step(rows.next().split(min(micro, stage.batch_rows)), loss)
+        for step in range(1, how.steps + 1):
+            metrics = trainer.step(rows.next().split(min(micro, stage.batch_rows)), how.loss)
             said = metrics.get("loss", metrics.get("index_kl", 0.0))
-            self.tell(f"{what}, seed {seed}: step {step} of {steps}, loss {said:.3f}")
+            self.tell(f"{what}, seed {seed}: step {step} of {how.steps}, loss {said:.3f}")
             each(step)
         return model.eval()
 

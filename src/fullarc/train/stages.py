@@ -8,7 +8,6 @@ functions only translate a stage's settings into phases (GLM-5 sections 2.1-2.3 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +21,13 @@ from fullarc.config.stages import DSA, Compute, LMStage, Parallel
 from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model
 from fullarc.train.checkpoint import Steps, load_checkpoint, save_checkpoint, saved_data_state
 from fullarc.train.compute import prepare
-from fullarc.train.losses import LmLoss, evaluate, indexer_warmup_loss
-from fullarc.train.optim import OptimSettings
+from fullarc.train.losses import evaluate
+from fullarc.train.method import Method, method_of, warm_up_of
 from fullarc.train.parallel.ranks import ALONE, Ranks
 from fullarc.train.parallel.stage import in_processes
 from fullarc.train.rows import Rows
-from fullarc.train.schedule import batch_size, schedule
-from fullarc.train.trainer import LossFn, Trainer, trained
+from fullarc.train.schedule import batch_size
+from fullarc.train.trainer import Trainer
 
 HELD_ROWS = 4
 PIPELINE_FILL = 4
@@ -36,16 +35,13 @@ PIPELINE_FILL = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One stretch of training with one trainable set, one loss and one schedule.
+class Phase(Method):
+    """A method, its data, and how its work is divided and kept.
 
     Attributes:
-        steps: optimizer steps.
         rows: packed rows folder; `held` of its rows are never trained on.
         batch_rows, micro_rows: rows per step and per forward pass.
         batch_start, batch_warmup: rows of the first step, and in how many steps it grows to `batch_rows`.
-        lr: learning rate of each step.
-        trainable: which parameter names move.
         save_every, log_every: in steps.
         workers: forward passes computed at once.
         parallel: what several processes divide, as in `LMStage`.
@@ -54,17 +50,11 @@ class Phase:
         seed: seed of the order of the rows.
     """
 
-    steps: int
     rows: Path
     batch_rows: int
     micro_rows: int
-    optim: OptimSettings
-    lr: Callable[[int], float]
-    trainable: Callable[[str], bool]
-    loss: LossFn
     batch_start: int = 0
     batch_warmup: int = 0
-    router_bias_rate: float = 0.0
     save_every: int = 50
     log_every: int = 10
     seed: int = 0
@@ -228,17 +218,11 @@ def run_dsa(ctx: StageContext, ranks: Ranks) -> dict[str, float]:
     and index_kl_* compare dense and sparse attention on rows that were not trained on.
     """
     stage, model_in, topk = ctx.stage, _model_in(ctx), ctx.recipe.model.index_topk
-    settings = _phase(ctx, stage.steps, model_in)
+    settings = _phase(ctx, model_in)
     warm = replace(
         settings,
-        steps=stage.indexer_steps,
-        lr=schedule(
-            peak=stage.indexer_lr, final=stage.indexer_lr_end, total=stage.indexer_steps, shape="cosine"
-        ),
-        trainable=trained(indexer=True, mtp=bool(stage.mtp_steps), trunk=False),
-        loss=partial(indexer_warmup_loss, mtp_steps=stage.mtp_steps),
+        **vars(warm_up_of(stage)),
         batch_warmup=0,
-        router_bias_rate=0.0,
         seed=derive(ctx.seed, ctx.name, "warmup"),
     )
     total, folder = stage.indexer_steps + stage.steps, ctx.out / "warmup"
@@ -283,7 +267,7 @@ def _dense_against_sparse(ctx: StageContext, phase: Phase, model: GlmMoeDsa, whe
 
 
 def _run_stage(ctx: StageContext, ranks: Ranks, start: Callable[[], GlmMoeDsa]) -> dict[str, float]:
-    phase = _phase(ctx, ctx.stage.steps, ctx.model_in)
+    phase = _phase(ctx, ctx.model_in)
     return run_phase(
         phase,
         start,
@@ -295,7 +279,7 @@ def _run_stage(ctx: StageContext, ranks: Ranks, start: Callable[[], GlmMoeDsa]) 
     )
 
 
-def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
+def _phase(ctx: StageContext, model_in: Path | None) -> Phase:
     """The stage's settings as a phase; also sets torch's threads and checks the row length."""
     stage: LMStage = ctx.stage
     torch.set_num_threads(1)
@@ -312,35 +296,15 @@ def _phase(ctx: StageContext, steps: int, model_in: Path | None) -> Phase:
             f"stages.{ctx.name}.mtp_steps is {depths} but the model has no MTP layer.",
             "Set mtp_steps = 0 or model.num_nextn_predict_layers = 1.",
         )
-    loss = LmLoss(
-        mtp_steps=depths,
-        mtp_weight=stage.mtp_weight,
-        mtp_rows=stage.mtp_rows,
-        aux_weight=stage.aux_loss,
-        z_weight=stage.z_loss,
-        index_weight=stage.indexer_weight,
-    )
     first_rows = stage.batch_start_tokens // stage.seq_len if stage.batch_warmup_steps else stage.batch_rows
     parts = {"cp": 2, "pp": PIPELINE_FILL * stage.processes}.get(stage.parallel, stage.processes)
     return Phase(
-        steps=steps,
+        **vars(method_of(stage)),
         rows=rows,
         batch_rows=stage.batch_rows,
         micro_rows=stage.micro_batch_rows or max(1, first_rows // max(2, parts)),
         batch_start=first_rows,
         batch_warmup=stage.batch_warmup_steps,
-        optim=OptimSettings(
-            kind=stage.optimizer,
-            weight_decay=stage.weight_decay,
-            clip=stage.grad_clip,
-            adamw_scale=stage.adamw_scale,
-        ),
-        lr=schedule(
-            peak=stage.lr, final=stage.lr_end, warmup=stage.warmup_steps, total=steps, shape=stage.schedule
-        ),
-        trainable=trained(indexer=stage.indexer_weight > 0, mtp=bool(depths)),
-        loss=loss,
-        router_bias_rate=stage.router_bias_rate,
         save_every=stage.save_every,
         log_every=stage.log_every,
         seed=derive(ctx.seed, ctx.name),
