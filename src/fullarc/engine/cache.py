@@ -14,14 +14,31 @@ Shape suffixes: as in model/ops.py; W = C + R, I = index dim, L layers, N blocks
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fullarc.config.model import ModelConfig
 
 BLOCK = 16
 TILE = 128
 SKEW = 16
+
+
+class Latents(Protocol):
+    """A cache as the scheduler and the prefix cache see it, whatever its layout."""
+
+    slots: int
+    max_len: int
+
+    def read(self, slot: int, start: int, count: int) -> Tensor:
+        """What `count` tokens of a slot left behind: [L, count, W + I]."""
+        ...
+
+    def write(self, slot: int, start: int, kept_LPW: Tensor) -> None:
+        """Put back what `read` gave."""
+        ...
 
 
 class Cache:
@@ -44,19 +61,27 @@ class Cache:
         """Where rows go that belong to no sequence."""
         return self.slots
 
+    def read(self, slot: int, start: int, count: int) -> Tensor:
+        """What `count` tokens from position `start` on left behind: [L, count, W + I]."""
+        return self.keys[:, slot, :, start : start + count].mT
+
+    def write(self, slot: int, start: int, kept_LPW: Tensor) -> None:
+        """Put back what `read` gave."""
+        span = slice(start, start + kept_LPW.shape[1])
+        self.keys[:, slot, :, span] = kept_LPW.mT
+        self.values[:, slot, span] = kept_LPW[..., : self.width]
+
 
 class PrefixCache:
     """Blocks of BLOCK tokens, up to `budget` tokens, least recently used first out."""
 
-    def __init__(self, cache: Cache, budget: int) -> None:
+    def __init__(self, cache: Latents, budget: int) -> None:
         self.cache = cache
-        blocks = budget // BLOCK
-        layers, _, key, _ = cache.keys.shape
-        self.keys = torch.zeros(blocks, layers, key, BLOCK)
-        self.values = torch.zeros(blocks, layers, BLOCK, cache.values.shape[-1])
+        layers, _, key = cache.read(0, 0, 1).shape
+        self.kept = torch.zeros(budget // BLOCK, layers, BLOCK, key)
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._blocks: OrderedDict[tuple[int, tuple[int, ...]], int] = OrderedDict()
-        self._free = list(range(blocks))
+        self._free = list(range(len(self.kept)))
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -65,7 +90,7 @@ class PrefixCache:
     @property
     def enabled(self) -> bool:
         """False when the budget is smaller than one block."""
-        return len(self.keys) > 0
+        return len(self.kept) > 0
 
     def clear(self) -> None:
         """Forget everything (weights changed, or /flush_cache)."""
@@ -90,9 +115,7 @@ class PrefixCache:
         """Copy `blocks` to the beginning of a slot."""
         if not blocks:
             return
-        size, at = len(blocks) * BLOCK, torch.tensor(blocks)
-        self.cache.keys[:, slot, :, :size] = self.keys[at].permute(1, 2, 0, 3).flatten(2)
-        self.cache.values[:, slot, :size] = self.values[at].transpose(0, 1).flatten(1, 2)
+        self.cache.write(slot, 0, self.kept[torch.tensor(blocks)].transpose(0, 1).flatten(1, 2))
 
     def publish(self, ids: Sequence[int], slot: int) -> None:
         """Remember the whole blocks of `ids`, whose entries stand at the beginning of `slot`."""
@@ -109,11 +132,8 @@ class PrefixCache:
             mine.add(block)
         self._touch(chain)
         if new:
-            span, at = slice(first * BLOCK, (first + len(new)) * BLOCK), torch.tensor(new)
-            keys = self.cache.keys[:, slot, :, span].unflatten(2, (len(new), BLOCK))
-            self.keys[at] = keys.permute(2, 0, 1, 3)
-            values = self.cache.values[:, slot, span].unflatten(1, (len(new), BLOCK))
-            self.values[at] = values.transpose(0, 1)
+            kept_LPW = self.cache.read(slot, first * BLOCK, len(new) * BLOCK)
+            self.kept[torch.tensor(new)] = kept_LPW.unflatten(1, (-1, BLOCK)).transpose(0, 1)
 
     def _touch(self, chain: list[int]) -> None:
         """Mark a chain as used, the root last: a parent is always more recent than its children."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
-from fullarc.engine.core import Chunk, Core
+from fullarc.engine.backend import ForwardPass
+from fullarc.engine.core import Chunk
 from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
@@ -172,10 +173,10 @@ class Drafter:
     Raises FullarcError if the model has no MTP layer or `steps` is out of range.
     """
 
-    def __init__(self, core: Core, steps: int, rejection: bool = False, adaptive: bool = True) -> None:
+    def __init__(self, core: ForwardPass, steps: int, rejection: bool = False, adaptive: bool = True) -> None:
         if not 1 <= steps <= MAX_DRAFTS:
             raise FullarcError(f"{steps} draft steps: 1 to {MAX_DRAFTS} are possible.", "Choose fewer.")
-        if core.weights.mtp is None:
+        if not core.weights.has_mtp:
             raise FullarcError("This model has no MTP layer to draft with.", "Start without draft steps.")
         self.core, self.steps, self.rejection = core, steps, rejection
         self.pace = Pace(steps) if adaptive and not rejection else None

@@ -12,13 +12,11 @@ import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
-from fullarc.engine.core import Core
+from fullarc.engine.backend import Weights, forward_pass, kernels_of, prepare, resolve
 from fullarc.engine.draft import Drafter
-from fullarc.engine.products import DTYPES
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
-from fullarc.engine.weights import EngineWeights, prepare
 from fullarc.model import GlmMoeDsa, load_model
 
 
@@ -39,18 +37,17 @@ class Output:
     top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
 
 
-def load_weights(folder: str | Path, version: str = "0", dtype: str = "fp32") -> EngineWeights:
-    """Verified, fused weights of a checkpoint folder for computing in `dtype` (see `engine.products`).
+def load_weights(
+    folder: str | Path, version: str = "0", dtype: str = "fp32", kernels: str = "auto"
+) -> Weights:
+    """Verified, fused weights of a checkpoint folder for computing in `dtype` (see `engine.products`) by `kernels`.
 
     Raises FullarcError naming what is wrong.
     """
-    if dtype not in DTYPES:
-        raise FullarcError(
-            f"The engine does not compute in '{dtype}'.", f"Choose one of: {', '.join(DTYPES)}."
-        )
+    kernels = resolve(kernels, dtype)
     model = load_model(folder)
     check_finite(model, str(folder))
-    return prepare(model, version, dtype)
+    return prepare(model, version, dtype, kernels)
 
 
 def check_finite(model: GlmMoeDsa, source: str) -> None:
@@ -60,7 +57,7 @@ def check_finite(model: GlmMoeDsa, source: str) -> None:
             raise FullarcError(f"{source}: {name} contains NaN or infinity.", "Use an earlier checkpoint.")
 
 
-def same_shape(new: EngineWeights, old: EngineWeights) -> None:
+def same_shape(new: Weights, old: Weights) -> None:
     """Raise FullarcError unless `new` can replace `old` in a running engine (only `index_topk` may differ)."""
     ours, theirs = old.config.model_dump(), new.config.model_dump()
     for name in ours:
@@ -81,11 +78,12 @@ class Engine:
         folder: checkpoint folder (Hugging Face `glm_moe_dsa`).
         max_batch: sequences that decode together.
         max_len: tokens of the longest sequence, prompt included; at most the model's positions.
-        threads: torch threads (results are bitwise reproducible per thread count).
+        threads: that compute a step.
         prefix_tokens: size of the prefix cache.
         chunk_tokens: prompt tokens computed per step.
         dtype: "fp32", "bf16" (half the memory) or "fp8" (emulated); a quantised checkpoint's integers stay integers.
         draft_steps: tokens that the MTP layer drafts ahead, at most; 0 = none. The output is the same.
+        kernels: "native" (in C, compiled on first use), "torch", or "auto": native where there is a compiler.
         rejection: accept drafts by rejection sampling: more of them at temperatures above 0, and other tokens (of the
             same distribution) than without drafts.
 
@@ -104,11 +102,12 @@ class Engine:
         dtype: str = "fp32",
         draft_steps: int = 0,
         rejection: bool = False,
+        kernels: str = "auto",
     ) -> None:
-        torch.set_num_threads(threads)
-        weights = load_weights(folder, weight_version, dtype)
+        weights = load_weights(folder, weight_version, dtype, kernels)
         longest = min(max_len, weights.config.max_position_embeddings)
-        core = Core(weights, max_batch, longest, mtp=draft_steps > 0 and weights.mtp is not None)
+        drafts = draft_steps > 0 and weights.has_mtp
+        core = forward_pass(weights, max_batch, longest, drafts, threads)
         drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
         self.scheduler = Scheduler(
             core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, drafter=drafter
@@ -168,8 +167,9 @@ class Engine:
 
     def update_weights(self, folder: str | Path, weight_version: str) -> None:
         """Replace the weights by those of `folder`; the engine is unchanged if that fails."""
-        weights = load_weights(folder, weight_version, self.scheduler.core.weights.dtype)
-        same_shape(weights, self.scheduler.core.weights)
+        old = self.scheduler.core.weights
+        weights = load_weights(folder, weight_version, old.dtype, kernels_of(old))
+        same_shape(weights, old)
         self.scheduler.set_weights(weights)
 
     def _request(self, ids: Sequence[int], params: SamplingParams, score_from: int = -1) -> Request:

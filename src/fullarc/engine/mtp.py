@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fullarc.engine.core import Core
+from fullarc.engine.backend import forward_pass, prepare
 from fullarc.engine.draft import Drafter, Speculation
 from fullarc.engine.request import Request
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
-from fullarc.engine.weights import prepare
 from fullarc.model import GlmMoeDsa, load_model
 
 DEFAULT_TOKENS = 32
@@ -83,7 +82,7 @@ def _by_engine(
     net: GlmMoeDsa, prompts: Sequence[Sequence[int]], draft_steps: int, max_new_tokens: int
 ) -> list[tuple[Speculation, list[int]]]:
     longest = min(max(map(len, prompts)) + max_new_tokens, net.config.max_position_embeddings)
-    core = Core(prepare(net), min(BATCH, len(prompts)), longest, mtp=net.mtp_layer is not None)
+    core = forward_pass(prepare(net), min(BATCH, len(prompts)), longest, mtp=net.mtp_layer is not None)
     drafter = Drafter(core, draft_steps, adaptive=False)
     scheduler = Scheduler(core, max_queue=len(prompts), prefix_tokens=0, drafter=drafter)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)

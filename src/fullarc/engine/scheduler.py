@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fullarc.engine.backend import ForwardPass, Weights
 from fullarc.engine.cache import BLOCK, PrefixCache
-from fullarc.engine.core import Chunk, Core
+from fullarc.engine.core import Chunk
 from fullarc.engine.draft import Drafter, Progress
 from fullarc.engine.penalties import penalised
 from fullarc.engine.request import Counters, QueueFullError, Request, RequestError
 from fullarc.engine.sampling import chosen_logprobs, sample, top_logprobs
-from fullarc.engine.weights import EngineWeights
 
 SCORE_ROWS = 256
 
@@ -66,7 +66,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, core: Core, max_queue: int = 4096, chunk_tokens: int = 512, prefix_tokens: int = 32768,
+        self, core: ForwardPass, max_queue: int = 4096, chunk_tokens: int = 512, prefix_tokens: int = 32768,
         drafter: Drafter | None = None,
     ) -> None:  # fmt: skip
         self.core, self.max_queue, self.chunk_tokens = core, max_queue, chunk_tokens
@@ -167,7 +167,7 @@ class Scheduler:
             self.waiting.appendleft(request)
             self.counters.retracted += 1
 
-    def set_weights(self, weights: EngineWeights) -> None:
+    def set_weights(self, weights: Weights) -> None:
         """Use other weights from the next step on. Running sequences keep the latents they have."""
         self.core.weights = weights
         self.prefix.clear()

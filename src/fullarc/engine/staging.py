@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import MANIFEST
+from fullarc.engine.backend import Weights, kernels_of, prepare
 from fullarc.engine.engine import check_finite, load_weights
-from fullarc.engine.weights import EngineWeights, prepare
 from fullarc.model import GlmMoeDsa, load_config
 from fullarc.model.checkpoint import fill_state, is_quantized, load_model, state_to_disk
 
@@ -34,8 +34,8 @@ class Staging:
     What was put together becomes the base of the next parts when `commit` says that the engine runs it.
     """
 
-    def __init__(self, folder: str, dtype: str = "fp32") -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: str, running: Weights) -> None:
+        self.folder, self.dtype, self.kernels = folder, running.dtype, kernels_of(running)
         self._tensors: dict[str, Tensor] | None = None
         self._next: tuple[str, dict[str, Tensor] | None] = folder, None
 
@@ -43,7 +43,7 @@ class Staging:
         """The engine runs what was put together last."""
         self.folder, self._tensors = self._next
 
-    def from_folder(self, folder: str, version: str, manifest_sha256: str | None = None) -> EngineWeights:
+    def from_folder(self, folder: str, version: str, manifest_sha256: str | None = None) -> Weights:
         """The weights of a checkpoint folder; its manifest's own hash must be `manifest_sha256` if that is given."""
         if manifest_sha256 is not None:
             manifest = Path(folder) / MANIFEST
@@ -53,11 +53,11 @@ class Staging:
                     f"{folder}: the manifest's SHA-256 is {found}, not {manifest_sha256[:64]}.",
                     "It is another checkpoint than the one meant.",
                 )
-        weights = load_weights(folder, version, self.dtype)
+        weights = load_weights(folder, version, self.dtype, self.kernels)
         self._next = folder, None
         return weights
 
-    def from_tensors(self, parts: dict[str, Tensor], version: str) -> EngineWeights:
+    def from_tensors(self, parts: dict[str, Tensor], version: str) -> Weights:
         """The present weights with `parts` in the place of the tensors of the same names.
 
         Raises FullarcError for a name that the model has not, another shape, or values that are not finite.
@@ -83,7 +83,7 @@ class Staging:
             model = GlmMoeDsa(load_config(Path(self.folder)))
         fill_state(model, dict(tensors), Path("the update"))
         check_finite(model, "the update")
-        weights = prepare(model.eval(), version, self.dtype)
+        weights = prepare(model.eval(), version, self.dtype, self.kernels)
         self._next = self.folder, tensors
         return weights
 

@@ -1,15 +1,4 @@
-"""A checkpoint's weights in the shape that decoding wants: few, large, fused matrices.
-
-Prepared once per weight update from the trainer's own module, so there is one definition of the network:
-    one product per layer for everything read from the hidden state:  [q_a | kv_a | index key | index head weights]
-    one for everything read from the q-latent:                        [absorbed query heads | index queries]
-    one for the output:                                               W_uv and o_proj folded over heads
-Absorption (DeepSeek-V2, section 2.1.2): q_nope . (W_uk c) = (W_uk^T q_nope) . c, so attention runs on the latents and
-no key or value head is ever expanded. RoPE pairs are stored as halves, as `apply_rope` leaves them.
-
-Integer and FP8 matrices cannot be folded, as their products round their inputs: there the query heads are absorbed and
-the outputs expanded by products of their own (`AbsorbedQueries`, `ExpandedValues`). Router, norms, indexer and output
-layer are fp32 in every precision but bf16, where only the output layer is not.
+"""The fused weights as torch operators: what the plain forward pass (`engine.core`) reads.
 
 Invariant: in fp32 results stay within 1e-5 of the trainer's forward.
 Shape suffixes: as in model/ops.py; A = padded attention heads, W = C + R (width of an absorbed key).
@@ -19,10 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
+from fullarc.engine.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, FusedMTP, Heads, Part, fuse
 from fullarc.engine.integer import Integer, IntegerExperts
 from fullarc.engine.products import (
     FP8,
@@ -34,11 +24,8 @@ from fullarc.engine.products import (
     Product,
 )
 from fullarc.model import GlmMoeDsa
-from fullarc.model.glm import DecoderLayer, MTPLayer
-from fullarc.model.mla import MLA
-from fullarc.model.moe import FFN, MoE, Router
+from fullarc.model.moe import Router
 from fullarc.model.ops import rope_tables
-from fullarc.model.quant import Linear
 
 HEAD_BLOCK = 4
 
@@ -115,6 +102,11 @@ class EngineWeights:
     dtype: str = "fp32"
     mtp: MTPWeights | None = None
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether drafts can be made."""
+        return self.mtp is not None
+
 
 class AbsorbedQueries:
     """q-latents [N, Q] to absorbed query heads [N, A * W], where q_b_proj is a product of its own.
@@ -149,25 +141,7 @@ class ExpandedValues:
         return self.out(torch.bmm(latents_HNC, self.up_HCV).transpose(0, 1).flatten(1))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows [O, I] of a fused product. `scale` [O, 1]: of integers; `exact`: fp32 whatever the others are."""
-
-    weight: Tensor
-    scale: Tensor | None = None
-    exact: bool = False
-
-    def at(self, order: Tensor) -> "_Part":
-        """The rows in another order."""
-        return _Part(self.weight[order], None if self.scale is None else self.scale[order], self.exact)
-
-    def kind(self, dtype: str) -> str:
-        if self.scale is not None:
-            return "integer"
-        return "fp32" if self.exact else dtype
-
-
-def _fuse(parts: list[_Part], dtype: str) -> Product:
+def _fuse(parts: list[Part], dtype: str) -> Product:
     """One product for all parts; where neighbours differ in kind, one for each kind, joined."""
     products: list[Product] = []
     for kind, group in groupby(parts, lambda part: part.kind(dtype)):
@@ -186,103 +160,57 @@ def _torch(dtype: str) -> torch.dtype:
     return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
-def _part(linear: Linear) -> _Part:
-    return _Part(linear.used(), linear.scale)
-
-
-def _halved(size: int, start: int) -> Tensor:
-    """Order of `size` rows whose RoPE pairs from `start` on are interleaved, with their halves one after the other."""
-    rope = torch.arange(start, size)
-    return torch.cat((torch.arange(start), rope[0::2], rope[1::2]))
-
-
-def _attention(norm: Tensor, mla: MLA, config: ModelConfig, dtype: str) -> AttentionWeights:
-    c, index = config, mla.indexer
-    kv = _part(mla.kv_a_proj_with_mqa).at(_halved(c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank))
-    hidden = [_part(mla.q_a_proj), kv]
-    index_norm, index_q = None, None
-    if index is not None:
-        rope = c.qk_rope_head_dim
-        # the index key passes a LayerNorm before RoPE: re-order its rows and the norm's parameters alike
-        order = torch.cat((_halved(rope, 0), torch.arange(rope, index.dim)))
-        head_weights = index.weights_proj.weight * (index.heads * index.dim) ** -0.5
-        hidden += [_Part(index.wk.weight[order], exact=True), _Part(head_weights, exact=True)]
-        index_norm = index.k_norm.weight[order], index.k_norm.bias[order]
-        wq_JdQ = index.wq_b.weight.unflatten(0, (index.heads, index.dim))
-        index_q = Dense(wq_JdQ[:, order].flatten(0, 1))
+def _attention(w: FusedAttention, config: ModelConfig, dtype: str) -> AttentionWeights:
     return AttentionWeights(
-        norm=norm,
-        hidden=_fuse(hidden, dtype),
-        q_norm=mla.q_a_layernorm.weight,
-        kv_norm=mla.kv_a_layernorm.weight,
-        index_norm=index_norm,
-        q=_queries(mla, config, dtype),
-        index_q=index_q,
-        out=_outputs(mla, config, dtype),
+        norm=w.norm,
+        hidden=_fuse(w.hidden, dtype),
+        q_norm=w.q_norm,
+        kv_norm=w.kv_norm,
+        index_norm=w.index_norm,
+        q=_queries(w.queries, config, dtype, w.scale),
+        index_q=None if w.index_q is None else Dense(w.index_q.flatten(0, 1)),
+        out=_outputs(w.outputs, config, dtype),
     )
 
 
-def _queries(mla: MLA, c: ModelConfig, dtype: str) -> Product:
-    """q_b_proj and W_uk, folded over heads where no rounding lies between them."""
-    heads, rows = c.num_attention_heads, _halved(c.qk_head_dim, c.qk_nope_head_dim)
-    part = _part(mla.q_b_proj).at((torch.arange(heads)[:, None] * c.qk_head_dim + rows).flatten())
-    up_HNC = mla.up_projections()[0]
-    if part.kind(dtype) in ("integer", "fp8"):
-        return AbsorbedQueries(_fuse([part], dtype), up_HNC, c, mla.scale)
-    q_HdQ = part.weight.double().unflatten(0, (heads, c.qk_head_dim))
-    query_AWQ = q_HdQ.new_zeros(padded_heads(c), c.kv_lora_rank + c.qk_rope_head_dim, c.q_lora_rank)
-    query_AWQ[:heads, : c.kv_lora_rank] = torch.einsum(
-        "hnc,hnq->hcq", up_HNC.double(), q_HdQ[:, : c.qk_nope_head_dim]
-    )
-    query_AWQ[:heads, c.kv_lora_rank :] = q_HdQ[:, c.qk_nope_head_dim :]
-    query_AWQ *= mla.scale
-    return _fuse([_Part(query_AWQ.flatten(0, 1).float())], dtype)
+def _queries(heads: Heads, c: ModelConfig, dtype: str, scale: float) -> Product:
+    if heads.up is not None:
+        return AbsorbedQueries(_fuse([heads.part], dtype), heads.up, c, scale)
+    query_HWQ = heads.part.weight.unflatten(0, (c.num_attention_heads, -1))
+    padded_AWQ = F.pad(query_HWQ, (0, 0, 0, 0, 0, padded_heads(c) - len(query_HWQ)))
+    return _fuse([Part(padded_AWQ.flatten(0, 1))], dtype)
 
 
-def _outputs(mla: MLA, c: ModelConfig, dtype: str) -> Product:
-    """W_uv and o_proj, folded over heads where no rounding lies between them."""
-    heads, part, up_HVC = c.num_attention_heads, _part(mla.o_proj), mla.up_projections()[1]
-    if part.kind(dtype) in ("integer", "fp8"):
-        return ExpandedValues(up_HVC.mT.contiguous(), _fuse([part], dtype))
-    out_DHV = part.weight.double().unflatten(1, (heads, c.v_head_dim))
-    out_ACD = out_DHV.new_zeros(padded_heads(c), c.kv_lora_rank, c.hidden_size)
-    out_ACD[:heads] = torch.einsum("hvc,dhv->hcd", up_HVC.double(), out_DHV)
-    return _fuse([_Part(out_ACD.flatten(0, 1).float().T)], dtype)
+def _outputs(heads: Heads, c: ModelConfig, dtype: str) -> Product:
+    if heads.up is not None:
+        return ExpandedValues(heads.up.mT.contiguous(), _fuse([heads.part], dtype))
+    out_DHC = heads.part.weight.unflatten(1, (c.num_attention_heads, -1))
+    padded_DAC = F.pad(out_DHC, (0, 0, 0, padded_heads(c) - out_DHC.shape[1]))
+    return _fuse([Part(padded_DAC.flatten(1))], dtype)
 
 
-def _ffn(ffn: FFN, dtype: str) -> FFNWeights:
-    return FFNWeights(
-        _fuse([_part(ffn.gate_proj), _part(ffn.up_proj)], dtype), _fuse([_part(ffn.down_proj)], dtype)
-    )
+def _ffn(w: FusedFFN, dtype: str) -> FFNWeights:
+    return FFNWeights(_fuse([w.gate, w.up], dtype), _fuse([w.down], dtype))
 
 
-def _experts(weight: Tensor, scale: Tensor | None, dtype: str) -> Grouped:
-    if scale is not None:
-        return IntegerExperts(weight, scale)
-    return FP8Experts(weight) if dtype == "fp8" else DenseExperts(weight.to(_torch(dtype)))
+def _experts(part: Part, dtype: str) -> Grouped:
+    if part.scale is not None:
+        return IntegerExperts(part.weight, part.scale)
+    return FP8Experts(part.weight) if dtype == "fp8" else DenseExperts(part.weight.to(_torch(dtype)))
 
 
-def _moe(moe: MoE, dtype: str) -> MoEWeights:
-    shared = None if moe.shared_experts is None else _ffn(moe.shared_experts, dtype)
-    gate_up, down = (
-        _experts(weight, scale, dtype)
-        for weight, scale in zip(moe.experts.used(), moe.experts.scales, strict=True)
-    )
-    return MoEWeights(moe.gate, gate_up, down, shared)
+def _moe(w: FusedMoE, dtype: str) -> MoEWeights:
+    shared = None if w.shared is None else _ffn(w.shared, dtype)
+    return MoEWeights(w.router, _experts(w.gate_up, dtype), _experts(w.down, dtype), shared)
 
 
-def _layer(layer: nn.Module, config: ModelConfig, dtype: str) -> LayerWeights:
-    assert isinstance(layer, DecoderLayer) and isinstance(layer.self_attn, MLA)
-    return LayerWeights(
-        _attention(layer.input_layernorm.weight, layer.self_attn, config, dtype),
-        layer.post_attention_layernorm.weight,
-        _moe(layer.mlp, dtype) if isinstance(layer.mlp, MoE) else _ffn(layer.mlp, dtype),
-    )
+def _layer(w: FusedLayer, config: ModelConfig, dtype: str) -> LayerWeights:
+    ffn = _moe(w.ffn, dtype) if isinstance(w.ffn, FusedMoE) else _ffn(w.ffn, dtype)
+    return LayerWeights(_attention(w.attention, config, dtype), w.ffn_norm, ffn)
 
 
-def _mtp(mtp: MTPLayer, config: ModelConfig, dtype: str) -> MTPWeights:
-    join = _fuse([_Part(mtp.eh_proj.weight)], dtype)
-    return MTPWeights(mtp.enorm.weight, mtp.hnorm.weight, join, _layer(mtp, config, dtype), mtp.norm.weight)
+def _mtp(w: FusedMTP, config: ModelConfig, dtype: str) -> MTPWeights:
+    return MTPWeights(w.enorm, w.hnorm, _fuse([w.join], dtype), _layer(w.layer, config, dtype), w.norm)
 
 
 @torch.no_grad()
@@ -291,19 +219,22 @@ def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> Engine
 
     The model itself is not kept. Raises FullarcError for one of the paper's comparison attentions.
     """
-    if model.config.variant:
-        raise FullarcError(
-            f"The engine serves GLM-5's attention, not {model.config.variant}.",
-            "Such a model is for comparisons: score it with its own forward pass.",
-        )
     model = model.float()
     config = model.config
-    layers = tuple(_layer(layer, config, dtype) for layer in model.layers)
-    positions = torch.arange(config.max_position_embeddings)
-    cos, sin = rope_tables(positions, config.qk_rope_head_dim, config.rope_theta)
+    layers, mtp = fuse(model, dtype)
+    cos, sin = rope_tables(
+        torch.arange(config.max_position_embeddings), config.qk_rope_head_dim, config.rope_theta
+    )
     outer = _torch(dtype)
-    head = Dense(model.lm_head.weight.to(outer))
-    embed = model.embed_tokens.weight.to(outer)
-    # separate layers for each step are for comparisons: nothing is drafted with them
-    mtp = _mtp(model.mtp_layers[0], config, dtype) if len(model.mtp_layers) == 1 else None
-    return EngineWeights(config, version, embed, layers, model.norm.weight, head, cos, sin, dtype, mtp)
+    return EngineWeights(
+        config,
+        version,
+        model.embed_tokens.weight.to(outer),
+        tuple(_layer(layer, config, dtype) for layer in layers),
+        model.norm.weight,
+        Dense(model.lm_head.weight.to(outer)),
+        cos,
+        sin,
+        dtype,
+        None if mtp is None else _mtp(mtp, config, dtype),
+    )

@@ -22,10 +22,10 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
+from fullarc.engine.backend import Weights
 from fullarc.engine.engine import same_shape
 from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.staging import Staging, decode_tensors, read_shared_memory
-from fullarc.engine.weights import EngineWeights
 
 MAX_TENSOR_BODY = 2**31
 KvPolicy = Literal["keep", "recompute", "drop"]
@@ -95,7 +95,7 @@ class Updates:
     def __init__(self, service: Service) -> None:
         self.service, self.staging = (
             service,
-            Staging(service.model_path, service.scheduler.core.weights.dtype),
+            Staging(service.model_path, service.scheduler.core.weights),
         )
         self._lock = asyncio.Lock()
         self._open: dict[str, Tensor] | None = None  # parts since /begin_weight_update
@@ -113,7 +113,7 @@ class Updates:
         ]
 
     async def install(
-        self, load: Callable[[str], EngineWeights], version: str | None, policy: KvPolicy
+        self, load: Callable[[str], Weights], version: str | None, policy: KvPolicy
     ) -> dict[str, Any]:
         """Run `load(version)` in a thread and swap its result in. Raises FullarcError; then nothing has changed."""
         begin = time.monotonic()
@@ -181,7 +181,7 @@ class Updates:
                 return answer({"success": False, "message": str(error)}, 400)
             return answer({"success": True, "message": "Kept for /end_weight_update."})
 
-        def load(version: str) -> EngineWeights:
+        def load(version: str) -> Weights:
             return self.staging.from_tensors(read(), version)
 
         return await self._tell(self.install(load, body.weight_version, body.policy))

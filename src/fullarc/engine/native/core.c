@@ -1,0 +1,118 @@
+/* The engine's forward pass for a step of token rows: embedding, decoder layers, last norm (engine/native/core.py). */
+#include "layer.h"
+
+#define API __attribute__((visibility("default")))
+
+/* Rows of one sequence that are computed together, none with both kinds of attention. Returns how many there are. */
+static int runs(const Model *m, Step *s, int first) {
+    int count = 0, most = BLOCK_PAIRS / (m->heads > m->index_heads ? m->heads : m->index_heads);
+    most = most < 1 ? 1 : most;
+    for (int r = 0; r < s->rows; count++) {
+        Run run = {r, 1, s->slots[r], s->positions[r], first};
+        int border = m->topk + lowest(&run, run.start), scanned = run.start >= border ? SCORE_ROOM / (run.start + 1) : most;
+        int limit = scanned < most ? (scanned < 1 ? 1 : scanned) : most;
+        while (r + run.count < s->rows && run.count < limit && s->slots[r + run.count] == run.slot &&
+               s->positions[r + run.count] == run.start + run.count && (run.start >= border || run.start + run.count < border))
+            run.count++;
+        s->run[count] = run;
+        r += run.count;
+    }
+    return count;
+}
+
+/* Memory for a step of `rows` rows of sequences up to `length`: sets the pointers of `s` from `base` on (if it is not 0)
+   and returns its size in bytes. */
+static int64_t room(const Model *m, int64_t rows, int64_t length, int threads, Step *s, char *base) {
+    int64_t at = 0, width = WHOLE(m->latent + m->rope), hidden = WHOLE(m->hidden), inner = WHOLE(m->inner);
+    int64_t parts = WHOLE(m->q_rank) + width + WHOLE(m->index_dim) + WHOLE(m->index_heads), experts = WHOLE(m->experts);
+    int64_t heads = m->heads * width, index = m->index_heads * (int64_t)WHOLE(m->index_dim), pairs = rows * m->chosen;
+    int64_t split = m->heads * (int64_t)WHOLE(m->nope + m->rope > m->value ? m->nope + m->rope : m->value);
+    int64_t widest = 2 * hidden > split ? 2 * hidden : split, block = m->heads > m->index_heads ? m->heads : m->index_heads;
+    block = block > BLOCK_PAIRS ? block : BLOCK_PAIRS;
+    if (heads > widest) widest = heads;
+    if (inner > widest) widest = inner;
+    int64_t scores = SCORE_ROOM + length + TILE * (BLOCK_PAIRS + 1), chosen = m->heads * (int64_t)WHOLE(m->topk);
+    int64_t ffn = ROWS * WHOLE(m->expert_inner) * 3 + 64;
+    s->scratch_size = block * TILE + scores;
+    if (chosen > s->scratch_size) s->scratch_size = chosen;
+    if (ffn > s->scratch_size) s->scratch_size = ffn;
+#define TAKE(field, count, type) \
+    do { if (base) s->field = (type *)(base + at); at += ((int64_t)(count) * sizeof(type) + 127) / 64 * 64; } while (0)
+    TAKE(run, rows, Run);
+    TAKE(h, rows * hidden, float);
+    TAKE(x, rows * hidden, float);
+    TAKE(parts, rows * (parts > experts ? parts : experts), float);
+    TAKE(q, rows * heads, float);
+    TAKE(iq, rows * index, float);
+    TAKE(attended, rows * m->heads * WHOLE(m->latent), float);
+    TAKE(split, rows * split, float);
+    TAKE(inner, rows * inner, float);
+    TAKE(routed, pairs * hidden, float);
+    TAKE(gates, pairs, float);
+    TAKE(join, rows * 2 * hidden, float);
+    TAKE(chosen_keys, rows * m->topk, int32_t);
+    TAKE(chosen_experts, pairs, int32_t);
+    TAKE(order, pairs, int32_t);
+    TAKE(starts, m->experts + 1, int32_t);
+    TAKE(converted, rows * CONVERTED(widest), char);
+    TAKE(scales, rows, float);
+    TAKE(sums, rows, int32_t);
+    TAKE(scratch, threads * s->scratch_size, float);
+    return at;
+}
+
+API int64_t fullarc_room(const Model *m, int rows, int64_t length, int threads) {
+    Step s;
+    return room(m, rows, length, threads, &s, 0);
+}
+
+static void embed(const Model *m, Step *s, float *out, int64_t ld) {
+    SHARED for (int r = 0; r < s->rows; r++) {
+        memset(out + r * ld, 0, WHOLE(m->hidden) * sizeof(float));
+        memcpy(out + r * ld, m->embed + (int64_t)s->ids[r] * m->hidden, m->hidden * sizeof(float));
+    }
+}
+
+static void layer(const Model *m, const Cache *cache, int number, Step *s) {
+    attention(m, m->layer + number, cache, number, s);
+    feed_forward(m, m->layer + number, s);
+}
+
+/* Final states [rows, hidden'] of rows with token ids, slots and positions; `memory`: fullarc_room bytes.
+
+   With `states` [rows, hidden'] it is the MTP layer's pass: row p joins token p with the trunk's state at p - 1. */
+API void fullarc_forward(const Model *m, const Cache *cache, int rows, const int32_t *ids, const int32_t *slots,
+                         const int32_t *positions, const float *states, int threads, char *memory, float *out) {
+    Step s = {.rows = rows, .ids = ids, .slots = slots, .positions = positions};
+    int64_t hidden = WHOLE(m->hidden);
+    room(m, rows, cache->tiles * TILE, threads, &s, memory);
+    s.runs = runs(m, &s, states ? 1 : 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (states) {
+            embed(m, &s, s.x, hidden);
+            norm_rows(s.x, hidden, m->mtp_enorm, m->hidden, m->eps, rows, s.join, 2 * hidden);
+            norm_rows(states, hidden, m->mtp_hnorm, m->hidden, m->eps, rows, s.join + hidden, 2 * hidden);
+            product(&m->mtp_join, s.join, 2 * hidden, rows, s.h, hidden, &s);
+            layer(m, cache, m->layers, &s);
+        } else {
+            embed(m, &s, s.h, hidden);
+            for (int number = 0; number < m->layers; number++) layer(m, cache, number, &s);
+        }
+        norm_rows(s.h, hidden, states ? m->mtp_norm : m->norm, m->hidden, m->eps, rows, out, hidden);
+    }
+}
+
+/* y [rows, outputs'] of x [rows, inputs] (`ldx` apart); `memory`: 64 + rows * (8 + CONVERTED) bytes. */
+API void fullarc_product(const Product *p, const float *x, int64_t ldx, int rows, int threads, char *memory, float *y) {
+    Step s = {.rows = rows};
+    int64_t outputs = 0;
+    for (int i = 0; i < p->parts; i++) outputs += p->part[i].outputs;
+    s.scales = (float *)memory;
+    s.sums = (int32_t *)(s.scales + rows);
+    s.converted = (char *)(s.sums + rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    product(p, x, ldx, rows, y, outputs, &s);
+}
+
+API void fullarc_choose(float *scores, int n, int k, int32_t *out) { choose(scores, n, k, out); }

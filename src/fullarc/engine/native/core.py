@@ -1,0 +1,139 @@
+"""A step's forward pass as one call into C, with the same face as the plain one (`engine.core.Core`).
+
+Invariant: a row's result depends, to the bit, on its own sequence only (matrix.h, attention.h); so prefill, decoding,
+scoring, any batch and any number of threads agree. The call does not hold the interpreter's lock.
+Shape suffixes: as in model/ops.py; N rows, P positions, W = C + R, I index dim.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullarc.config.model import ModelConfig
+from fullarc.engine.core import Chunk
+from fullarc.engine.native.library import library
+from fullarc.engine.native.weights import LANES, PANEL, NativeWeights, Product, whole
+
+TILE = PANEL
+
+
+class _Cache(ctypes.Structure):
+    """attention.h, Cache."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "index_keys", "rows")),
+        *((name, ctypes.c_int64) for name in ("layers", "slots", "tiles")),
+        *((name, ctypes.c_int32) for name in ("width", "index_width")),
+    )
+
+
+class NativeCache:
+    """Latents, keys and index keys of `slots` sequences of up to `max_len` tokens (rounded up to whole tiles).
+
+    With `mtp` the last layer is the MTP layer's, whose row p joins token p with the trunk's state at p - 1.
+
+    Attributes:
+        keys [L, slots, tiles, W, TILE], index_keys [L, slots, tiles, I, TILE]: what scores are made of.
+        rows [L, slots, P, W]: keys once more; their first C columns are the values.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, max_len: int, mtp: bool = False) -> None:
+        tiles = -(-max_len // TILE)
+        self.slots, self.max_len = slots, tiles * TILE
+        self.width, self.index_width = config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim
+        layers = config.num_hidden_layers + mtp
+        self.keys = torch.zeros(layers, slots, tiles, self.width, TILE)
+        self.index_keys = torch.zeros(layers, slots, tiles, self.index_width, TILE)
+        self.rows = torch.zeros(layers, slots, self.max_len, whole(self.width))
+        self.structure = _Cache(
+            self.keys.data_ptr(), self.index_keys.data_ptr(), self.rows.data_ptr(), layers, slots, tiles, self.width,
+            self.index_width,
+        )  # fmt: skip
+
+    def read(self, slot: int, start: int, count: int) -> Tensor:
+        """What `count` tokens from position `start` on left behind: [L, count, W + I]."""
+        first, last = start // TILE, -(-(start + count) // TILE)
+        index_LPI = self.index_keys[:, slot, first:last].transpose(2, 3).flatten(1, 2)
+        at = start - first * TILE
+        rows_LPW = self.rows[:, slot, start : start + count, : self.width]
+        return torch.cat((rows_LPW, index_LPI[:, at : at + count]), -1)
+
+    def write(self, slot: int, start: int, kept_LPW: Tensor) -> None:
+        """Put back what `read` gave."""
+        count = kept_LPW.shape[1]
+        self.rows[:, slot, start : start + count, : self.width] = kept_LPW[..., : self.width]
+        for at in range(start, start + count):  # to the end of a tile at most, then whole tiles
+            if at != start and at % TILE:
+                continue
+            size = min(TILE - at % TILE, start + count - at)
+            part_LWP = kept_LPW[:, at - start : at - start + size].mT
+            span = slice(at % TILE, at % TILE + size)
+            self.keys[:, slot, at // TILE, :, span] = part_LWP[:, : self.width]
+            self.index_keys[:, slot, at // TILE, :, span] = part_LWP[:, self.width :]
+
+
+class NativeCore:
+    """Weights and cache; `forward` runs one step. Not thread-safe: one thread owns it.
+
+    With `mtp` the cache has rows for the MTP layer and `look_ahead` may be called.
+    """
+
+    def __init__(
+        self, weights: NativeWeights, slots: int, max_len: int, mtp: bool = False, threads: int = 1
+    ) -> None:
+        self.weights, self.threads = weights, threads
+        self.cache = NativeCache(weights.config, slots, max_len, mtp)
+        self._library = library()
+        self._memory, self._rows = torch.empty(0, dtype=torch.uint8), 0
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Final hidden states [rows, D] after the last norm, in the order of `chunks`. Each slot may appear once."""
+        return self._pass(chunks, None)
+
+    def look_ahead(self, chunks: Sequence[Chunk], states_ND: Tensor) -> Tensor:
+        """The MTP layer's states [rows, D] of tokens whose predecessors' states are given.
+
+        The state of row p predicts token p + 1, and is what row p + 1 joins when the trunk's is not known yet.
+        """
+        return self._pass(chunks, F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous())
+
+    def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits [len(rows), V] of chosen rows."""
+        chosen = hidden_ND if len(rows) == len(hidden_ND) else hidden_ND[torch.tensor(rows)]
+        return multiply(self.weights.model.head, chosen, self.threads)[:, : self.weights.config.vocab_size]
+
+    def _pass(self, chunks: Sequence[Chunk], states_ND: Tensor | None) -> Tensor:
+        ids, slots, positions = list[int](), list[int](), list[int]()
+        for chunk in chunks:
+            ids += chunk.ids
+            slots += [chunk.slot] * len(chunk.ids)
+            positions += range(chunk.start, chunk.start + len(chunk.ids))
+        count, c = len(ids), self.weights.config
+        numbers = (ctypes.c_int32 * (3 * count))(*ids, *slots, *positions)
+        at = ctypes.addressof(numbers)
+        out_ND = torch.empty(count, whole(c.hidden_size))
+        model = ctypes.byref(self.weights.model)
+        if count > self._rows:
+            size = self._library.fullarc_room(model, count, self.cache.max_len, self.threads)
+            self._memory, self._rows = torch.empty(size, dtype=torch.uint8), count
+        self._library.fullarc_forward(
+            model, ctypes.byref(self.cache.structure), count, at, at + 4 * count, at + 8 * count,
+            states_ND.data_ptr() if states_ND is not None else None, self.threads, self._memory.data_ptr(),
+            out_ND.data_ptr(),
+        )  # fmt: skip
+        return out_ND[:, : c.hidden_size]
+
+
+def multiply(product: Product, x_NI: Tensor, threads: int = 1) -> Tensor:
+    """A product of rows [N, I], whose last dimension must be contiguous: [N, outputs in whole vectors]."""
+    assert x_NI.stride(-1) == 1
+    rows, inputs = x_NI.shape
+    memory = torch.empty(64 + rows * (8 + (inputs + 8) * 2 + 16), dtype=torch.uint8)
+    out_NO = torch.empty(rows, product.outputs)
+    library().fullarc_product(
+        ctypes.byref(product), x_NI.data_ptr(), x_NI.stride(0), rows, threads, memory.data_ptr(), out_NO.data_ptr()
+    )  # fmt: skip
+    return out_NO
