@@ -82,6 +82,12 @@ def build() -> Callable[..., GlmMoeDsa]:
     return build_model
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both forward passes."""
+    return str(request.param)
+
+
 WORDS = "the file holds a number so list it then print hello done 12 30 ls cat a.txt echo 我们的模型从文本学习语言 "
 
 

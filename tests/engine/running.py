@@ -24,6 +24,17 @@ class Running:
         self.thread.start()
         wait(lambda: self.uvicorn.started)
 
+    def slow_down(self, seconds=0.003):
+        """From now on every step takes at least so long, that something can happen between two of them."""
+        scheduler = self.engine.scheduler
+        step = scheduler.step
+
+        def slowly():
+            time.sleep(seconds)
+            step()
+
+        scheduler.step = slowly
+
     def stop(self):
         self.uvicorn.should_exit = True
         self.thread.join(10)

@@ -70,6 +70,7 @@ def test_areal_over_sglang_pauses_updates_and_resumes(http, server, other):
               "frequency_penalty": 0.0}  # fmt: skip
     payload = {"input_ids": IDS, "image_data": None, "sampling_params": params, "return_logprob": True,
                "stream": False}  # fmt: skip
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         futures = [pool.submit(post, http, "/generate", payload) for _ in range(6)]  # 4 run, 2 wait
         wait(lambda: any(len(r.logprobs) > 3 for r in list(server.engine.scheduler.running.values())))

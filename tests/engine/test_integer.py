@@ -120,7 +120,7 @@ def logprobs(net: GlmMoeDsa) -> torch.Tensor:
     return rows.gather(1, torch.tensor(LONG[1:])[:, None])[:, 0]
 
 
-def test_an_engine_of_integers_agrees_with_the_model(shaped, quantised) -> None:
+def test_an_engine_of_integers_agrees_with_the_model(shaped, quantised, kernels) -> None:
     """Both round the inputs of every product, and a value on the edge between two integers may fall on either side.
 
     So they differ as the model differs from itself when its embeddings are changed in their last bits, and by far less
@@ -128,7 +128,7 @@ def test_an_engine_of_integers_agrees_with_the_model(shaped, quantised) -> None:
     """
     model = load_model(quantised)
     assert all(layer.self_attn.o_proj.scale is not None for layer in model.layers)
-    ours = torch.tensor(Engine(quantised, max_batch=2, max_len=256).score([LONG])[0][1:])
+    ours = torch.tensor(Engine(quantised, max_batch=2, max_len=256, kernels=kernels).score([LONG])[0][1:])
     theirs = logprobs(model)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(1 + 1e-6)
@@ -160,21 +160,26 @@ def test_rows_keep_their_bits_in_any_company(
 
 
 def test_both_ways_give_the_same_engine(quantised, monkeypatch: pytest.MonkeyPatch) -> None:
-    floats = Engine(quantised, max_batch=2, max_len=256).score([LONG])
+    floats = Engine(quantised, max_batch=2, max_len=256, kernels="torch").score([LONG])
     monkeypatch.setattr(engine_integer, "PAYS", 0)
-    assert Engine(quantised, max_batch=2, max_len=256).score([LONG]) == floats
+    assert Engine(quantised, max_batch=2, max_len=256, kernels="torch").score([LONG]) == floats
 
 
-@pytest.mark.parametrize("dtype,bound", [("bf16", 0.1), ("fp8", 0.5)])
-def test_lower_precision_stays_close_and_keeps_its_bits(shaped, dtype: str, bound: float) -> None:
+@pytest.mark.parametrize(
+    "dtype,kernels,bound", [("bf16", "torch", 0.1), ("bf16", "native", 0.1), ("fp8", "torch", 0.5)]
+)
+def test_lower_precision_stays_close_and_keeps_its_bits(
+    shaped, dtype: str, kernels: str, bound: float
+) -> None:
     exact = torch.tensor(Engine(shaped[1], max_batch=2, max_len=256).score([LONG])[0])
-    engine = Engine(shaped[1], max_batch=8, max_len=256, dtype=dtype, prefix_tokens=0)
+    engine = Engine(shaped[1], max_batch=8, max_len=256, dtype=dtype, prefix_tokens=0, kernels=kernels)
     scores = engine.score([LONG])
     difference = (torch.tensor(scores[0]) - exact).abs()
     assert 1e-4 < difference[:24].mean() < bound
     assert engine.score([LONG[:40], LONG, LONG[3:70]])[1] == scores[0]
     weights = engine.scheduler.core.weights
-    assert weights.embed.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+    if kernels == "torch":
+        assert weights.embed.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 def test_fp8_rounds_as_e4m3_does() -> None:

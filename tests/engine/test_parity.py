@@ -20,9 +20,9 @@ def reference(model, ids):
     return [0.0, *logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
 
 
-def test_sampled_logprobs_are_those_of_the_trainer(shaped):
+def test_sampled_logprobs_are_those_of_the_trainer(shaped, kernels):
     model, folder = shaped
-    outputs = Engine(folder, max_batch=4, max_len=256, chunk_tokens=48).generate(
+    outputs = Engine(folder, max_batch=4, max_len=256, chunk_tokens=48, kernels=kernels).generate(
         PROMPTS, max_new_tokens=40, seed=3, stop_ids=()
     )
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -31,13 +31,13 @@ def test_sampled_logprobs_are_those_of_the_trainer(shaped):
         assert output.logprobs == pytest.approx(expected, abs=5e-5)
 
 
-def test_scores_are_those_of_the_trainer(shaped):
+def test_scores_are_those_of_the_trainer(shaped, kernels):
     model, folder = shaped
     sequences = [
         *PROMPTS,
         [int(t) for t in torch.randint(1, 90, (300,), generator=torch.Generator().manual_seed(0))],
     ]
-    scores = Engine(folder, max_batch=2, max_len=320, chunk_tokens=100).score(sequences)
+    scores = Engine(folder, max_batch=2, max_len=320, chunk_tokens=100, kernels=kernels).score(sequences)
     for ids, row in zip(sequences, scores, strict=True):
         assert row == pytest.approx(reference(model, ids), abs=5e-5)
 
@@ -87,7 +87,7 @@ def test_index_sets_equal_those_of_the_trainer(shaped, monkeypatch, gather_from)
     if not model.config.dense_attention:
         with torch.no_grad():
             model(torch.tensor([ids]))
-    Engine(folder, max_batch=1, max_len=128).score([ids])
+    Engine(folder, max_batch=1, max_len=128, kernels="torch").score([ids])
     layers = 0 if model.config.dense_attention else sum(map(model.config.has_indexer, range(3)))
     assert len(engine) == len(trainer) == layers
     for ours, theirs in zip(engine.values(), trainer.values(), strict=True):
@@ -151,11 +151,11 @@ def test_drafts_follow_the_training_alignment(build):
         assert drafts == [int(model.lm_head(state[0, at]).argmax()) for state in states]
 
 
-def test_a_quantised_checkpoint_is_served_as_training_saw_it(shaped, tmp_path):
+def test_a_quantised_checkpoint_is_served_as_training_saw_it(shaped, kernels, tmp_path):
     model, folder = shaped
     scheme = QuantScheme(4, 4)  # divides the odd shape's rows too
     quantize_checkpoint(folder, tmp_path / "int4", {"experts": scheme})
-    engine = Engine(tmp_path / "int4", max_batch=4, max_len=256, chunk_tokens=48)
+    engine = Engine(tmp_path / "int4", max_batch=4, max_len=256, chunk_tokens=48, kernels=kernels)
     scores = engine.score(PROMPTS[:2])
     aware = load_model(folder).quantize_experts(scheme)
     for ids, row in zip(PROMPTS, scores, strict=False):

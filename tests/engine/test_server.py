@@ -202,6 +202,7 @@ def test_pause_abort_continue(server, http):
 
 def test_weights_change_under_load_and_no_request_is_lost(server, http, checkpoints):
     params = {"max_new_tokens": 120}
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         load = [pool.submit(generate, http, return_logprob=True, sampling_params=params) for _ in range(12)]
         wait(lambda: server.engine.scheduler.counters.generated_tokens > 40)

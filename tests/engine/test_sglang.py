@@ -161,7 +161,8 @@ def test_logprobs_of_chosen_and_likeliest_tokens_in_prompt_and_output(http, talk
     assert named["output_token_logprobs"][0][2] == talking[1].decode([named["output_token_logprobs"][0][1]])
 
 
-def test_a_streamed_batch_carries_indices(http):
+def test_a_streamed_batch_carries_indices(http, server):
+    server.slow_down()
     params = {"max_new_tokens": 7, "sampling_seed": 1, "ignore_eos": True, "n": 2}
     events = streamed(http, text=[PROMPT, "done"], sampling_params=params)
     whole = http.post("/generate", json={"text": [PROMPT, "done"], "sampling_params": params}).json()

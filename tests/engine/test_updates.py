@@ -148,6 +148,7 @@ def test_the_manifest_can_be_named(http, checkpoints):
 
 @pytest.mark.parametrize("policy", ["keep", "recompute", "drop"])
 def test_what_becomes_of_a_running_request(http, server, checkpoints, policy):
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         future = pool.submit(generate, http, 150)
         s = server.engine.scheduler

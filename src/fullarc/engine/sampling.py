@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fullarc.engine.native.library import available
+from fullarc.engine.native.sample import draw, logprobs
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
 MAX_TOP_LOGPROBS = 64
@@ -103,6 +106,11 @@ class SamplingParams:
         )
 
     @property
+    def plain(self) -> bool:
+        """Whether a token is drawn from the model's own distribution, or is its first choice."""
+        return not (self.truncates or self.forbidden or self.penalises)
+
+    @property
     def truncates(self) -> bool:
         """Whether the distribution is cut before sampling."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
@@ -139,6 +147,15 @@ def sample(
     `steered_NV` are the logits to choose from, where penalties make them differ from those that log-probs tell of.
     `drafted`: rows whose token was drafted, the drafts, and the probabilities [rows, V] that they were drawn from.
     """
+    rejected = set(drafted[0]) if drafted else set()
+    if available():
+        plain = [row for row, p in enumerate(params) if p.plain and row not in rejected]
+        if len(plain) == len(params):
+            return draw(
+                logits_NV, [p.temperature for p in params], uniforms([p.seed for p in params], positions)
+            )
+        if plain:
+            return _apart(plain, logits_NV, params, positions, steered_NV, drafted)
     logp_NV = kept_NV = _logprobs(logits_NV, params)
     if steered_NV is not None and steered_NV is not logits_NV:
         logits_NV, kept_NV = steered_NV, _logprobs(steered_NV, params)
@@ -156,6 +173,31 @@ def sample(
             greedy_N = torch.tensor([p.temperature == 0 for p in params])
             token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
     return token_N.tolist(), logp_NV.gather(1, token_N[:, None])[:, 0].tolist()
+
+
+def _apart(
+    plain: list[int],
+    logits_NV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    steered_NV: Tensor | None,
+    drafted: tuple[Sequence[int], Sequence[int], Tensor] | None,
+) -> tuple[list[int], list[float]]:
+    """`sample` where some rows are plain and others are not: each row is drawn as it would be alone."""
+    others = sorted(set(range(len(params))) - set(plain))
+    tokens, logprobs = [0] * len(params), [0.0] * len(params)
+    for rows in (plain, others):
+        at = torch.tensor(rows)
+        known = (
+            drafted and ([rows.index(row) for row in drafted[0]], *drafted[1:]) if rows is others else None
+        )
+        drawn = sample(
+            logits_NV[at], [params[row] for row in rows], [positions[row] for row in rows],
+            None if steered_NV is None or rows is plain else steered_NV[at], known,
+        )  # fmt: skip
+        for row, token, logprob in zip(rows, *drawn, strict=True):
+            tokens[row], logprobs[row] = token, logprob
+    return tokens, logprobs
 
 
 @torch.inference_mode()
@@ -213,6 +255,13 @@ def _rejection(
 
 
 @torch.inference_mode()
+def told_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-prob at temperature 1 of one token a row: to the bit what `sample` tells of it."""
+    logp_NV = _logprobs(logits_NV, [SamplingParams()] * len(tokens))
+    return logp_NV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+
+
+@torch.inference_mode()
 def top_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[tuple[float, int]]]:
     """The likeliest tokens of each row as (log-prob, id), best first, as many as its request wants; see `sample`."""
     count = min(max(p.top_logprobs for p in params), logits_NV.shape[-1])
@@ -236,8 +285,10 @@ def chosen_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list
 
 def _logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Log-probs [N, V] at each request's temperature (1 where it is 0)."""
-    temperature_N = torch.tensor([p.temperature or 1.0 for p in params])
-    return (logits_NV / temperature_N[:, None]).log_softmax(-1)
+    temperatures = [p.temperature or 1.0 for p in params]
+    if available():
+        return logprobs(logits_NV, temperatures)
+    return (logits_NV / torch.tensor(temperatures)[:, None]).log_softmax(-1)
 
 
 def argmax(logits_NV: Tensor) -> Tensor:

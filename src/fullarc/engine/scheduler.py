@@ -24,7 +24,7 @@ from fullarc.engine.core import Chunk
 from fullarc.engine.draft import Drafter, Progress
 from fullarc.engine.penalties import penalised
 from fullarc.engine.request import Counters, QueueFullError, Request, RequestError
-from fullarc.engine.sampling import chosen_logprobs, sample, top_logprobs
+from fullarc.engine.sampling import chosen_logprobs, sample, told_logprobs, top_logprobs
 
 SCORE_ROWS = 256
 
@@ -369,8 +369,7 @@ class Scheduler:
             size = min(SCORE_ROWS, end - at)
             begin = row + at - request.computed
             logits = self.core.logits(hidden, list(range(begin, begin + size)))
-            targets = torch.tensor(request.prompt[at + 1 : at + 1 + size])
-            request.input_logprobs += logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
+            request.input_logprobs += told_logprobs(logits, request.prompt[at + 1 : at + 1 + size])
             params = [replace(request.params, temperature=1.0)] * size
             if request.params.top_logprobs:
                 request.input_top_logprobs += top_logprobs(logits, params)

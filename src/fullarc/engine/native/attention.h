@@ -12,7 +12,8 @@
 
 #define TILE PANEL
 #define BLOCK_PAIRS 96 /* (query, head) pairs that are computed together */
-#define SCORE_ROOM (1 << 17) /* floats for the index scores of the queries that are scanned together */
+#define SCANNED 4 /* queries that an index key is read for at once, or more while their scores fit in SCORE_ROOM */
+#define SCORE_ROOM (1 << 15)
 
 typedef struct {
     float *keys, *index_keys, *rows;
@@ -33,10 +34,10 @@ INLINE float *value_rows(const Cache *c, int layer, int slot, int position) {
     return c->rows + (tile_of(c, layer, slot, 0) * TILE + position) * WHOLE(c->width);
 }
 
-/* Put a token's key [W] and index key [I] where they belong. */
-static void remember(const Cache *c, int layer, int slot, int position, const float *key, const float *index_key) {
+/* Put a token's key [W] and index key [I] where they belong; as a column only where all keys may be read. */
+static void remember(const Cache *c, int layer, int slot, int position, const float *key, const float *index_key, int topk) {
     float *tile = key_tile(c, layer, slot, position / TILE) + position % TILE;
-    for (int w = 0; w < c->width; w++) tile[w * TILE] = key[w];
+    for (int w = 0; w < c->width && position <= topk; w++) tile[w * TILE] = key[w];
     memcpy(value_rows(c, layer, slot, position), key, c->width * sizeof(float));
     if (!index_key) return;
     tile = index_tile(c, layer, slot, position / TILE) + position % TILE;
@@ -95,11 +96,11 @@ INLINE void soften(Softmax *state, float *scores, float *out, int width) {
     }
 }
 
-/* A run's queries q [count][heads][W'] over all their keys: latents `out` [count][heads][C'] (primes: whole vectors). */
+/* A run's queries q [count][heads][W'] over all their keys: latents `out` [count][heads][C'] (primes: whole vectors).
+   `scores`: room for a tile of each (query, head) pair, `state` for as many. */
 static void attend_all(const Cache *cache, int layer, Run run, int heads, int latent, const float *q, float *out,
-                       float *scores) {
+                       float *scores, Softmax *state) {
     int width = WHOLE(cache->width), values = WHOLE(latent), pairs = run.count * heads, last = run.start + run.count - 1;
-    Softmax state[BLOCK_PAIRS];
     for (int p = 0; p < pairs; p++) state[p] = (Softmax){-__builtin_inff(), (vf){0}};
     memset(out, 0, sizeof(float) * pairs * values);
     for (int tile = 0; tile * TILE <= last; tile++) {
@@ -182,22 +183,46 @@ INLINE void compare(vi keys, int32_t border, uint32_t *above, uint32_t *equal) {
 #endif
 }
 
+/* Copy the sort keys from `from` on and below `to` to `out`, filled up with the least one; returns how many vectors. */
+INLINE int between(const vi *keys, int vectors, int64_t from, int64_t to, int32_t *out) {
+    int count = 0;
+    for (int v = 0; v < vectors; v++) {
+        vi in = (keys[v] >= (int32_t)from) & (keys[v] <= (int32_t)(to - 1));
+#ifdef __AVX512F__
+        uint32_t bits = _mm512_test_epi32_mask((__m512i)in, (__m512i)in);
+        _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(bits, (__m512i)keys[v]));
+        count += __builtin_popcount(bits);
+#else
+        for (int i = 0; i < LANES; i++) out[count] = keys[v][i], count -= in[i];
+#endif
+    }
+    int whole = WHOLE(count);
+    while (count < whole) out[count++] = INT32_MIN;
+    return whole / LANES;
+}
+
 /* Positions, ascending, of the k best of n scores (n > k); ties go to the lower position.
 
-   `scores` goes on to a whole vector, with -inf, and is overwritten by sort keys: integers in the order of the floats. */
-static void choose(float *scores, int n, int k, int32_t *out) {
+   `scores` goes on to a whole vector, with -inf, and is overwritten by sort keys: integers in the order of the floats.
+   `room`: for a quarter of them and two vectors. */
+static void choose(float *scores, int n, int k, int32_t *out, int32_t *room) {
     vi *keys = (vi *)scores;
     int vectors = (n + LANES - 1) / LANES;
     for (int v = 0; v < vectors; v++) keys[v] ^= keys[v] >> 31 & 0x7fffffff;
     /* `from` is a border with at least k keys from it on, `to` one with fewer (`above`): bisection, and in turn the
-       border where k keys would be if they lay evenly between the two */
+       border where k keys would be if they lay evenly between the two; soon only among those between the two */
     int64_t from = INT32_MIN, to = (int64_t)greatest_of(keys, vectors) + 1;
-    int above = 0, found = vectors * LANES;
+    int above = 0, found = vectors * LANES, size = vectors, beyond = 0;
+    const vi *left = keys;
     for (int turn = 0; found != k && to - from > 1; turn++) {
+        if (left == keys && found - above <= n / 4 && n > 1024) {
+            size = between(keys, vectors, from, to, room);
+            left = (const vi *)room, beyond = above;
+        }
         int64_t middle = from + (to - from) / 2;
         if (turn % 2) middle = from + (to - from) * (found - k) / (found - above);
         middle = middle <= from ? from + 1 : middle >= to ? to - 1 : middle;
-        int count = count_from(keys, vectors, (int32_t)middle);
+        int count = beyond + count_from(left, size, (int32_t)middle);
         if (count >= k) from = middle, found = count;
         else to = middle, above = count;
     }
@@ -214,6 +239,7 @@ static void choose(float *scores, int n, int k, int32_t *out) {
 /* --- chosen keys ----------------------------------------------------------------------------------------------- */
 
 #define KEYS 4 /* rows and heads that are multiplied at once */
+#define AHEAD 12 /* rows that are fetched before they are needed */
 
 /* Scores of KEYS chosen rows for up to KEYS heads: 16 sums. */
 INLINE void dots_of(int heads, int width, const float *q, const float *const *rows, float *scores, int64_t ld) {
@@ -252,11 +278,13 @@ static __attribute__((noinline)) void dots(int heads, int width, const float *q,
 
 static __attribute__((noinline)) void mix(int heads, int vectors, int count, const float *p, int64_t ldp, const float *rows,
                                           int64_t ldr, const int32_t *chosen, float *out, int64_t ldo) {
-    if (heads == KEYS && vectors == 4) mix_of(KEYS, 4, count, p, ldp, rows, ldr, chosen, out, ldo);
-    else
-        for (int h = 0; h < heads; h++)
-            for (int v = 0; v < vectors; v++)
-                mix_of(1, 1, count, p + h * ldp, ldp, rows + v * LANES, ldr, chosen, out + h * ldo + v * LANES, ldo);
+    for (int v = 0; v < vectors; v += VECTORS)
+        if (heads == KEYS && vectors - v >= VECTORS)
+            mix_of(KEYS, VECTORS, count, p, ldp, rows + v * LANES, ldr, chosen, out + v * LANES, ldo);
+        else
+            for (int h = 0; h < heads; h++)
+                for (int w = v; w < vectors && w < v + VECTORS; w++)
+                    mix_of(1, 1, count, p + h * ldp, ldp, rows + w * LANES, ldr, chosen, out + h * ldo + w * LANES, ldo);
 }
 
 /* Weights of `count` scores, which go on to a whole vector with -inf: e^(s - max). Returns one over their sum. */
@@ -280,6 +308,8 @@ static void attend_chosen(const Cache *cache, int layer, int slot, int heads, in
     for (int i = 0; i < whole; i += KEYS) {
         const float *four[KEYS];
         for (int j = 0; j < KEYS; j++) four[j] = rows + (int64_t)chosen[i + j < count ? i + j : count - 1] * width;
+        for (int j = AHEAD; j < AHEAD + KEYS && i + j < count; j++)
+            for (int w = 0; w < width; w += LANES) __builtin_prefetch(rows + (int64_t)chosen[i + j] * width + w);
         for (int h = 0; h < heads; h += KEYS)
             dots(heads - h < KEYS ? heads - h : KEYS, width, q + h * width, four, scores + h * whole + i, whole);
     }

@@ -1,16 +1,21 @@
 /* The engine's forward pass for a step of token rows: embedding, decoder layers, last norm (engine/native/core.py). */
 #include "layer.h"
+#include "sample.h"
 
 #define API __attribute__((visibility("default")))
 
 /* Rows of one sequence that are computed together, none with both kinds of attention. Returns how many there are. */
 static int runs(const Model *m, Step *s, int first) {
-    int count = 0, most = BLOCK_PAIRS / (m->heads > m->index_heads ? m->heads : m->index_heads);
-    most = most < 1 ? 1 : most;
+    int count = 0, most = block_pairs(m) / (m->heads > m->index_heads ? m->heads : m->index_heads);
     for (int r = 0; r < s->rows; count++) {
         Run run = {r, 1, s->slots[r], s->positions[r], first};
-        int border = m->topk + lowest(&run, run.start), scanned = run.start >= border ? SCORE_ROOM / (run.start + 1) : most;
-        int limit = scanned < most ? (scanned < 1 ? 1 : scanned) : most;
+        int border = m->topk + lowest(&run, run.start), limit = most;
+        if (run.start >= border) {
+            int scanned = SCORE_ROOM / (run.start + most);
+            limit = scanned > SCANNED ? scanned : SCANNED;
+            limit = limit < most ? limit : most;
+            s->sparse = 1;
+        }
         while (r + run.count < s->rows && run.count < limit && s->slots[r + run.count] == run.slot &&
                s->positions[r + run.count] == run.start + run.count && (run.start >= border || run.start + run.count < border))
             run.count++;
@@ -27,14 +32,14 @@ static int64_t room(const Model *m, int64_t rows, int64_t length, int threads, S
     int64_t parts = WHOLE(m->q_rank) + width + WHOLE(m->index_dim) + WHOLE(m->index_heads), experts = WHOLE(m->experts);
     int64_t heads = m->heads * width, index = m->index_heads * (int64_t)WHOLE(m->index_dim), pairs = rows * m->chosen;
     int64_t split = m->heads * (int64_t)WHOLE(m->nope + m->rope > m->value ? m->nope + m->rope : m->value);
-    int64_t widest = 2 * hidden > split ? 2 * hidden : split, block = m->heads > m->index_heads ? m->heads : m->index_heads;
-    block = block > BLOCK_PAIRS ? block : BLOCK_PAIRS;
+    int64_t widest = 2 * hidden > split ? 2 * hidden : split;
     if (heads > widest) widest = heads;
     if (inner > widest) widest = inner;
-    int64_t scores = SCORE_ROOM + length + TILE * (BLOCK_PAIRS + 1), chosen = m->heads * (int64_t)WHOLE(m->topk);
     int64_t ffn = ROWS * WHOLE(m->expert_inner) * 3 + 64;
-    s->scratch_size = block * TILE + scores;
-    if (chosen > s->scratch_size) s->scratch_size = chosen;
+    s->room_pairs = (int64_t)block_pairs(m) * TILE;
+    s->room_states = (int64_t)block_pairs(m) * sizeof(Softmax) / sizeof(float);
+    s->room_scores = SCORE_ROOM + (SCANNED + 1) * (length + TILE);
+    s->scratch_size = s->room_pairs + s->room_states + s->room_scores + (int64_t)m->heads * WHOLE(m->topk);
     if (ffn > s->scratch_size) s->scratch_size = ffn;
 #define TAKE(field, count, type) \
     do { if (base) s->field = (type *)(base + at); at += ((int64_t)(count) * sizeof(type) + 127) / 64 * 64; } while (0)
@@ -115,4 +120,20 @@ API void fullarc_product(const Product *p, const float *x, int64_t ldx, int rows
     product(p, x, ldx, rows, y, outputs, &s);
 }
 
-API void fullarc_choose(float *scores, int n, int k, int32_t *out) { choose(scores, n, k, out); }
+API void fullarc_choose(float *scores, int n, int k, int32_t *out, int32_t *room) { choose(scores, n, k, out, room); }
+
+/* Log-probs [rows, vocab'] of logits, each row at its temperature (1 where that is 0); `room`: a row. */
+API void fullarc_logprobs(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, float *room, float *out) {
+    for (int r = 0; r < rows; r++) {
+        double total;
+        float *row = out + (int64_t)r * WHOLE(vocab);
+        float log_total = soften_row(logits + r * ld, vocab, temperatures[r], row, room, &total);
+        for (int v = 0; v < vocab; v += LANES) store(row + v, load(row + v) - log_total);
+    }
+}
+
+/* A token and its log-prob for each row of `logits` [rows, vocab], `ld` apart (whole vectors); `room`: two rows. */
+API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const double *u,
+                        float *room, int32_t *tokens, float *logprobs) {
+    for (int r = 0; r < rows; r++) tokens[r] = draw(logits + r * ld, vocab, temperatures[r], u[r], room, logprobs + r);
+}

@@ -74,6 +74,11 @@ class NativeCache:
             self.keys[:, slot, at // TILE, :, span] = part_LWP[:, : self.width]
             self.index_keys[:, slot, at // TILE, :, span] = part_LWP[:, self.width :]
 
+    def restore_columns(self) -> None:
+        """Make all `keys` anew from `rows`: sparse attention does not write those that nobody will read."""
+        rows = self.rows[..., : self.width].unflatten(2, (-1, TILE))
+        self.keys.copy_(rows.transpose(3, 4))
+
 
 class NativeCore:
     """Weights and cache; `forward` runs one step. Not thread-safe: one thread owns it.
@@ -84,10 +89,21 @@ class NativeCore:
     def __init__(
         self, weights: NativeWeights, slots: int, max_len: int, mtp: bool = False, threads: int = 1
     ) -> None:
-        self.weights, self.threads = weights, threads
+        self._weights, self.threads = weights, threads
         self.cache = NativeCache(weights.config, slots, max_len, mtp)
         self._library = library()
         self._memory, self._rows = torch.empty(0, dtype=torch.uint8), 0
+
+    @property
+    def weights(self) -> NativeWeights:
+        """What the next step computes with."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: NativeWeights) -> None:
+        if weights.model.topk > self._weights.model.topk:
+            self.cache.restore_columns()
+        self._weights = weights
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states [rows, D] after the last norm, in the order of `chunks`. Each slot may appear once."""

@@ -35,7 +35,7 @@ typedef struct {
 
 /* A step: its rows, and memory for everything between input and output. */
 typedef struct {
-    int32_t rows, runs;
+    int32_t rows, runs, sparse; /* sparse: whether any run chooses its keys */
     const int32_t *ids, *slots, *positions;
     Run *run;
     float *h, *x, *parts, *q, *iq, *attended, *split, *inner, *routed, *gates, *join;
@@ -44,8 +44,8 @@ typedef struct {
     char *converted;
     float *scales;
     int32_t *sums;
-    float *scratch; /* of each thread, `scratch_size` apart */
-    int64_t scratch_size;
+    float *scratch; /* of each thread, `scratch_size` apart: what attention needs, one after the other; or an expert */
+    int64_t scratch_size, room_pairs, room_states, room_scores;
 } Step;
 
 #ifdef _OPENMP
@@ -153,6 +153,12 @@ static void gated(const Matrix *m, Input x, int rows, float *y, int64_t ldy) {
 
 /* --- attention ------------------------------------------------------------------------------------------------- */
 
+/* (query, head) pairs of the largest run. */
+INLINE int block_pairs(const Model *m) {
+    int heads = m->heads > m->index_heads ? m->heads : m->index_heads;
+    return heads > BLOCK_PAIRS ? heads : BLOCK_PAIRS;
+}
+
 /* Absorbed queries [rows][heads][W'] without their rotation, from q-latents. */
 static void queries(const Model *m, const Layer *l, const float *latents, int64_t ld, Step *s) {
     int width = WHOLE(m->latent + m->rope), head = WHOLE(m->nope + m->rope);
@@ -204,35 +210,37 @@ static void attention(const Model *m, const Layer *l, const Cache *cache, int nu
             layer_norm(index_key, l->index_norm, l->index_bias, m->index_dim, 1e-6f);
             rotate(index_key, cos, sin, half);
         }
-        remember(cache, number, s->slots[r], s->positions[r], key, index_key);
+        remember(cache, number, s->slots[r], s->positions[r], key, index_key, m->topk);
         rms_norm(part, l->q_norm, m->q_rank, m->latent_eps, part);
     }
     queries(m, l, s->parts, ld, s);
-    if (l->has_index) product(&l->index_q, s->parts, ld, s->rows, s->iq, ldi, s);
+    int chooses = l->has_index && s->sparse;
+    if (chooses) product(&l->index_q, s->parts, ld, s->rows, s->iq, ldi, s);
     SHARED for (int r = 0; r < s->rows; r++) {
         const float *cos = m->cos + (int64_t)s->positions[r] * half, *sin = m->sin + (int64_t)s->positions[r] * half;
         for (int h = 0; h < m->heads; h++) rotate(s->q + r * ldq + h * WHOLE(width) + m->latent, cos, sin, half);
-        for (int j = 0; l->has_index && j < m->index_heads; j++)
+        for (int j = 0; chooses && j < m->index_heads; j++)
             rotate(s->iq + r * ldi + j * WHOLE(m->index_dim), cos, sin, half);
     }
     SHARED_ONE_BY_ONE for (int i = 0; i < s->runs; i++) {
         Run run = s->run[i];
-        float *scratch = s->scratch + THREAD * s->scratch_size, *q = s->q + run.row * ldq, *out = s->attended + run.row * ldo;
+        float *pairs = s->scratch + THREAD * s->scratch_size, *states = pairs + s->room_pairs, *scores = states + s->room_states;
+        float *q = s->q + run.row * ldq, *out = s->attended + run.row * ldo, *weights = scores + s->room_scores;
         int seen = run.start + 1 - lowest(&run, run.start);
         if (seen <= m->topk) { /* so do the others of the run: see runs() */
-            attend_all(cache, number, run, m->heads, m->latent, q, out, scratch);
+            attend_all(cache, number, run, m->heads, m->latent, q, out, pairs, (Softmax *)states);
             continue;
         }
         int64_t size = (int64_t)(run.start + run.count + TILE - 1) / TILE * TILE;
-        float *scores = scratch + (int64_t)BLOCK_PAIRS * TILE;
         if (l->has_index)
             index_scores(cache, number, run, m->index_heads, s->iq + run.row * ldi, s->parts + run.row * ld + at_weights,
-                         ld, scores, size, scratch);
+                         ld, scores, size, pairs);
         for (int t = 0; t < run.count; t++) {
             int32_t *chosen = s->chosen_keys + (int64_t)(run.row + t) * m->topk;
-            if (l->has_index) choose(scores + t * size, run.start + t + 1, m->topk, chosen);
+            if (l->has_index)
+                choose(scores + t * size, run.start + t + 1, m->topk, chosen, (int32_t *)(scores + run.count * size));
             attend_chosen(cache, number, run.slot, m->heads, m->latent, q + t * ldq, chosen, m->topk, out + t * ldo,
-                          scratch);
+                          weights);
         }
     }
     outputs(m, l, s);

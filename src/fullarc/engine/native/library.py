@@ -18,7 +18,8 @@ from pathlib import Path
 from fullarc.config.errors import FullarcError
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
+PROCESSOR = "native"
 THREADS = "-fopenmp"
 LIMIT_S = 300
 
@@ -28,9 +29,9 @@ class Unavailable(FullarcError):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises Unavailable."""
-    built = ctypes.CDLL(str(_build()))
+def library(processor: str = PROCESSOR) -> ctypes.CDLL:
+    """The kernels, compiled for this processor (or for `processor`, in gcc's words). Raises Unavailable."""
+    built = ctypes.CDLL(str(_build(processor)))
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     built.fullarc_room.restype = int64
     built.fullarc_room.argtypes = [pointer, int32, int64, int32]
@@ -39,7 +40,11 @@ def library() -> ctypes.CDLL:
     built.fullarc_product.restype = None
     built.fullarc_product.argtypes = [pointer, pointer, int64, int32, int32, pointer, pointer]
     built.fullarc_choose.restype = None
-    built.fullarc_choose.argtypes = [pointer, int32, int32, pointer]
+    built.fullarc_choose.argtypes = [pointer, int32, int32, pointer, pointer]
+    built.fullarc_logprobs.restype = None
+    built.fullarc_logprobs.argtypes = [pointer, int64, int32, int32, *[pointer] * 3]
+    built.fullarc_sample.restype = None
+    built.fullarc_sample.argtypes = [pointer, int64, int32, int32, *[pointer] * 5]
     return built
 
 
@@ -52,11 +57,11 @@ def available() -> bool:
     return True
 
 
-def _build() -> Path:
-    compiler = _compiler()
+def _build(processor: str) -> Path:
+    compiler, flags = _compiler(), (*FLAGS, f"-march={processor}")
     sources = sorted(SOURCES.glob("*.[ch]"))
     made_of = [path.read_bytes() for path in sources]
-    made_of += [" ".join((*FLAGS, THREADS)).encode(), _version(compiler), _processor()]
+    made_of += [" ".join((*flags, THREADS)).encode(), _version(compiler), _processor()]
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
     folder = _folder()
     target = folder / f"engine-{name}.so"
@@ -67,7 +72,7 @@ def _build() -> Path:
     try:
         errors = ""
         for more in ((THREADS,), ()):  # not every clang has OpenMP
-            command = [compiler, *FLAGS, *more, "-o", beside, str(SOURCES / "core.c"), "-lm"]
+            command = [compiler, *flags, *more, "-o", beside, str(SOURCES / "core.c"), "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
             if result.returncode == 0:
                 os.replace(beside, target)

@@ -19,7 +19,17 @@
 #endif
 
 #define PANEL 64
+/* A block is so many rows by so many vectors of columns that its accumulators fit in the registers. */
+#ifdef __AVX512F__
 #define ROWS 6
+#define VECTORS 4
+#elif defined(__AVX2__) || defined(__aarch64__)
+#define ROWS 6
+#define VECTORS 1
+#else
+#define ROWS 3
+#define VECTORS 1
+#endif
 
 #define EACH_ROW _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++)
 #define EACH_VECTOR _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
@@ -98,35 +108,68 @@ INLINE void block_words(int kind, int rows, int vectors, int words, const uint32
     EACH_ROW EACH_VECTOR store(y[r] + v * LANES, acc[r][v]);
 }
 
-#define BY_SIZE(CALL) \
-    switch (rows * 8 + vectors) { \
-        BY_VECTORS(CALL, 1) BY_VECTORS(CALL, 2) BY_VECTORS(CALL, 3) BY_VECTORS(CALL, 4) BY_VECTORS(CALL, 5) BY_VECTORS(CALL, 6) \
+/* CALL for the numbers of rows and vectors at hand, each compiled for itself. */
+#define BY_ROWS(CALL, v) \
+    switch (rows) { \
+    case 1: CALL(1, v); break; \
+    case 2: CALL(2, v); break; \
+    case 3: CALL(3, v); break; \
+    case 4: CALL(ROWS < 4 ? 3 : 4, v); break; \
+    case 5: CALL(ROWS < 4 ? 3 : 5, v); break; \
+    default: CALL(ROWS < 4 ? 3 : 6, v); \
     }
-#define BY_VECTORS(CALL, r) \
-    case (r) * 8 + 1: CALL(r, 1); return; \
-    case (r) * 8 + 2: CALL(r, 2); return; \
-    case (r) * 8 + 3: CALL(r, 3); return; \
-    case (r) * 8 + 4: CALL(r, 4); return;
+#if VECTORS == 4
+#define BY_SIZE(CALL) \
+    switch (vectors) { \
+    case 1: BY_ROWS(CALL, 1) break; \
+    case 2: BY_ROWS(CALL, 2) break; \
+    case 3: BY_ROWS(CALL, 3) break; \
+    default: BY_ROWS(CALL, 4) \
+    }
+#else
+#define BY_SIZE(CALL) BY_ROWS(CALL, 1)
+#endif
 
-/* y[r] (+)= x[r] w for up to ROWS rows and 4 vectors of columns; the rows of `w` are `ldw` apart. */
-static __attribute__((noinline)) void multiply_f32(int rows, int vectors, int inputs, const float *const *x,
-                                                   const float *w, int64_t ldw, float *const *y, int adds) {
+static __attribute__((noinline)) void call_f32(int rows, int vectors, int inputs, const float *const *x, const float *w,
+                                               int64_t ldw, float *const *y, int adds) {
 #define CALL(r, v) block_f32(r, v, inputs, x, w, ldw, y, adds)
     BY_SIZE(CALL)
 #undef CALL
+    (void)vectors;
 }
 
-#define MULTIPLY_WORDS(KIND) \
-    static __attribute__((noinline)) void multiply_##KIND(int rows, int vectors, int words, const uint32_t *const *x, \
-                                                          const int32_t *w, int64_t ldw, float *const *y) { \
-        BY_SIZE(CALL_##KIND) \
+#define CALL_WORDS(KIND) \
+    static __attribute__((noinline)) void call_##KIND(int rows, int vectors, int words, const uint32_t *const *x, \
+                                                      const int32_t *w, int64_t ldw, float *const *y) { \
+        BY_SIZE(BLOCK_##KIND) \
+        (void)vectors; \
     }
-#define CALL_BF16(r, v) block_words(BF16, r, v, words, x, w, ldw, y)
-#define CALL_INT8(r, v) block_words(INT8, r, v, words, x, w, ldw, y)
-#define CALL_INT4(r, v) block_words(INT4, r, v, words, x, w, ldw, y)
-MULTIPLY_WORDS(BF16)
-MULTIPLY_WORDS(INT8)
-MULTIPLY_WORDS(INT4)
+#define BLOCK_BF16(r, v) block_words(BF16, r, v, words, x, w, ldw, y)
+#define BLOCK_INT8(r, v) block_words(INT8, r, v, words, x, w, ldw, y)
+#define BLOCK_INT4(r, v) block_words(INT4, r, v, words, x, w, ldw, y)
+CALL_WORDS(BF16)
+CALL_WORDS(INT8)
+CALL_WORDS(INT4)
+
+/* y[r] (+)= x[r] w for up to ROWS rows and a panel's `vectors` of columns; the rows of `w` are `ldw` apart. */
+INLINE void multiply_f32(int rows, int vectors, int inputs, const float *const *x, const float *w, int64_t ldw,
+                         float *const *y, int adds) {
+    float *part[ROWS];
+    for (int v = 0; v < vectors; v += VECTORS) {
+        for (int r = 0; r < rows; r++) part[r] = y[r] + v * LANES;
+        call_f32(rows, vectors - v < VECTORS ? vectors - v : VECTORS, inputs, x, w + v * LANES, ldw, part, adds);
+    }
+}
+
+INLINE void multiply_words(int kind, int rows, int vectors, int words, const uint32_t *const *x, const int32_t *w,
+                           int64_t ldw, float *const *y) {
+    float *part[ROWS];
+    for (int v = 0; v < vectors; v += VECTORS) {
+        int now = vectors - v < VECTORS ? vectors - v : VECTORS;
+        for (int r = 0; r < rows; r++) part[r] = y[r] + v * LANES;
+        (kind == BF16 ? call_BF16 : kind == INT8 ? call_INT8 : call_INT4)(rows, now, words, x, w + v * LANES, ldw, part);
+    }
+}
 
 /* --- rows in the form that a kind of matrix takes -------------------------------------------------------------- */
 
@@ -193,12 +236,8 @@ INLINE void panel(const Matrix *m, int number, const Input *x, const int *at, in
         multiply_f32(rows, vectors, m->inputs, (const float *const *)rows_of, w, vectors * LANES, y, 0);
         return;
     }
-    const uint32_t *const *in = (const uint32_t *const *)rows_of;
-    if (m->kind == BF16) {
-        multiply_BF16(rows, vectors, words, in, (const int32_t *)w, vectors * LANES, y);
-        return;
-    }
-    (m->kind == INT8 ? multiply_INT8 : multiply_INT4)(rows, vectors, words, in, (const int32_t *)w, vectors * LANES, y);
+    multiply_words(m->kind, rows, vectors, words, (const uint32_t *const *)rows_of, (const int32_t *)w, vectors * LANES, y);
+    if (m->kind == BF16) return;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {
             const float *at_column = m->scale + first + v * LANES;
