@@ -5,8 +5,8 @@
    lower position; `stable_topk` of model/ops.py) and attends to these rows alone, so that its cost does not grow but for
    the indexer's scan.
 
-   The cache holds keys [tile][W][64] and index keys [tile][I][64], which are panels like those of weights, and the keys
-   once more as rows [position][W], whose first C columns are the values. */
+   The cache holds a key as a row [W], whose first C columns are the value: memory is read once for both. Where all keys
+   are read, a tile of them is turned into a panel [W][64], like those of weights, as it comes. Index keys are kept so. */
 #pragma once
 #include "matrix.h"
 
@@ -16,7 +16,7 @@
 #define SCORE_ROOM (1 << 15)
 
 typedef struct {
-    float *keys, *index_keys, *rows;
+    float *index_keys, *rows;
     int64_t layers, slots, tiles;
     int32_t width, index_width; /* W, I */
 } Cache;
@@ -24,23 +24,18 @@ typedef struct {
 INLINE int64_t tile_of(const Cache *c, int layer, int slot, int tile) {
     return ((int64_t)layer * c->slots + slot) * c->tiles + tile;
 }
-INLINE float *key_tile(const Cache *c, int layer, int slot, int tile) {
-    return c->keys + tile_of(c, layer, slot, tile) * c->width * TILE;
-}
 INLINE float *index_tile(const Cache *c, int layer, int slot, int tile) {
     return c->index_keys + tile_of(c, layer, slot, tile) * c->index_width * TILE;
 }
-INLINE float *value_rows(const Cache *c, int layer, int slot, int position) {
+INLINE float *row_of(const Cache *c, int layer, int slot, int position) {
     return c->rows + (tile_of(c, layer, slot, 0) * TILE + position) * WHOLE(c->width);
 }
 
-/* Put a token's key [W] and index key [I] where they belong; as a column only where all keys may be read. */
-static void remember(const Cache *c, int layer, int slot, int position, const float *key, const float *index_key, int topk) {
-    float *tile = key_tile(c, layer, slot, position / TILE) + position % TILE;
-    for (int w = 0; w < c->width && position <= topk; w++) tile[w * TILE] = key[w];
-    memcpy(value_rows(c, layer, slot, position), key, c->width * sizeof(float));
+/* Put a token's key [W] and index key [I] where they belong. */
+static void remember(const Cache *c, int layer, int slot, int position, const float *key, const float *index_key) {
+    memcpy(row_of(c, layer, slot, position), key, c->width * sizeof(float));
     if (!index_key) return;
-    tile = index_tile(c, layer, slot, position / TILE) + position % TILE;
+    float *tile = index_tile(c, layer, slot, position / TILE) + position % TILE;
     for (int i = 0; i < c->index_width; i++) tile[i * TILE] = index_key[i];
 }
 
@@ -97,17 +92,21 @@ INLINE void soften(Softmax *state, float *scores, float *out, int width) {
 }
 
 /* A run's queries q [count][heads][W'] over all their keys: latents `out` [count][heads][C'] (primes: whole vectors).
-   `scores`: room for a tile of each (query, head) pair, `state` for as many. */
+   `scores`: room for a tile of each (query, head) pair, `state` for as many; `panel`: for a tile [W'][64]. */
 static void attend_all(const Cache *cache, int layer, Run run, int heads, int latent, const float *q, float *out,
-                       float *scores, Softmax *state) {
+                       float *scores, Softmax *state, float *panel) {
     int width = WHOLE(cache->width), values = WHOLE(latent), pairs = run.count * heads, last = run.start + run.count - 1;
     for (int p = 0; p < pairs; p++) state[p] = (Softmax){-__builtin_inff(), (vf){0}};
     memset(out, 0, sizeof(float) * pairs * values);
     for (int tile = 0; tile * TILE <= last; tile++) {
         int begin = tile * TILE, seeing = run.start < begin ? begin - run.start : 0, pair = seeing * heads;
         int keys = last + 1 - begin < TILE ? last + 1 - begin : TILE;
-        multiply_rows(pairs - pair, TILE / LANES, cache->width, q + pair * width, width,
-                      key_tile(cache, layer, run.slot, tile), TILE, scores + pair * TILE, TILE, 0);
+        const float *rows = row_of(cache, layer, run.slot, begin);
+        touch(rows, keys * width);
+        for (int k = 0; k < keys; k += LANES)
+            for (int w = 0; w < width; w += LANES) transpose(rows + k * width + w, width, panel + w * TILE + k, TILE);
+        multiply_rows(pairs - pair, TILE / LANES, cache->width, q + pair * width, width, panel, TILE, scores + pair * TILE,
+                      TILE, 0);
         for (int p = pair; p < pairs; p++) {
             int position = run.start + p / heads, low = lowest(&run, position);
             if (position + 1 < begin + TILE || low > begin) mask(scores + p * TILE, begin, low, position + 1);
@@ -115,7 +114,7 @@ static void attend_all(const Cache *cache, int layer, Run run, int heads, int la
         }
         for (int c = 0; c < values; c += PANEL)
             multiply_rows(pairs - pair, (values - c < PANEL ? values - c : PANEL) / LANES, keys, scores + pair * TILE, TILE,
-                          value_rows(cache, layer, run.slot, begin) + c, width, out + pair * values + c, values, 1);
+                          rows + c, width, out + pair * values + c, values, 1);
     }
     for (int p = 0; p < pairs; p++) {
         float inverse = 1.0f / sum(state[p].total);
@@ -304,7 +303,7 @@ INLINE float weigh(float *scores, int whole) {
 static void attend_chosen(const Cache *cache, int layer, int slot, int heads, int latent, const float *q,
                           const int32_t *chosen, int count, float *out, float *scores) {
     int width = WHOLE(cache->width), values = WHOLE(latent), whole = WHOLE(count);
-    const float *rows = value_rows(cache, layer, slot, 0);
+    const float *rows = row_of(cache, layer, slot, 0);
     for (int i = 0; i < whole; i += KEYS) {
         const float *four[KEYS];
         for (int j = 0; j < KEYS; j++) four[j] = rows + (int64_t)chosen[i + j < count ? i + j : count - 1] * width;

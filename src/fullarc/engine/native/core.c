@@ -38,7 +38,7 @@ static int64_t room(const Model *m, int64_t rows, int64_t length, int threads, S
     int64_t ffn = ROWS * WHOLE(m->expert_inner) * 3 + 64;
     s->room_pairs = (int64_t)block_pairs(m) * TILE;
     s->room_states = (int64_t)block_pairs(m) * sizeof(Softmax) / sizeof(float);
-    s->room_scores = SCORE_ROOM + (SCANNED + 1) * (length + TILE);
+    s->room_scores = SCORE_ROOM + (SCANNED + 1) * (length + TILE) + width * TILE;
     s->scratch_size = s->room_pairs + s->room_states + s->room_scores + (int64_t)m->heads * WHOLE(m->topk);
     if (ffn > s->scratch_size) s->scratch_size = ffn;
 #define TAKE(field, count, type) \

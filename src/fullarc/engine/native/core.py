@@ -15,6 +15,7 @@ from torch import Tensor
 from fullarc.config.model import ModelConfig
 from fullarc.engine.core import Chunk
 from fullarc.engine.native.library import library
+from fullarc.engine.native.memory import floats
 from fullarc.engine.native.weights import LANES, PANEL, NativeWeights, Product, whole
 
 TILE = PANEL
@@ -24,7 +25,7 @@ class _Cache(ctypes.Structure):
     """attention.h, Cache."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "index_keys", "rows")),
+        *((name, ctypes.c_void_p) for name in ("index_keys", "rows")),
         *((name, ctypes.c_int64) for name in ("layers", "slots", "tiles")),
         *((name, ctypes.c_int32) for name in ("width", "index_width")),
     )
@@ -36,8 +37,8 @@ class NativeCache:
     With `mtp` the last layer is the MTP layer's, whose row p joins token p with the trunk's state at p - 1.
 
     Attributes:
-        keys [L, slots, tiles, W, TILE], index_keys [L, slots, tiles, I, TILE]: what scores are made of.
-        rows [L, slots, P, W]: keys once more; their first C columns are the values.
+        rows [L, slots, P, W]: absorbed keys; their first C columns are the values.
+        index_keys [L, slots, tiles, I, TILE].
     """
 
     def __init__(self, config: ModelConfig, slots: int, max_len: int, mtp: bool = False) -> None:
@@ -45,11 +46,10 @@ class NativeCache:
         self.slots, self.max_len = slots, tiles * TILE
         self.width, self.index_width = config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim
         layers = config.num_hidden_layers + mtp
-        self.keys = torch.zeros(layers, slots, tiles, self.width, TILE)
-        self.index_keys = torch.zeros(layers, slots, tiles, self.index_width, TILE)
-        self.rows = torch.zeros(layers, slots, self.max_len, whole(self.width))
+        self.index_keys = floats(layers, slots, tiles, self.index_width, TILE)
+        self.rows = floats(layers, slots, self.max_len, whole(self.width))
         self.structure = _Cache(
-            self.keys.data_ptr(), self.index_keys.data_ptr(), self.rows.data_ptr(), layers, slots, tiles, self.width,
+            self.index_keys.data_ptr(), self.rows.data_ptr(), layers, slots, tiles, self.width,
             self.index_width,
         )  # fmt: skip
 
@@ -69,15 +69,8 @@ class NativeCache:
             if at != start and at % TILE:
                 continue
             size = min(TILE - at % TILE, start + count - at)
-            part_LWP = kept_LPW[:, at - start : at - start + size].mT
-            span = slice(at % TILE, at % TILE + size)
-            self.keys[:, slot, at // TILE, :, span] = part_LWP[:, : self.width]
-            self.index_keys[:, slot, at // TILE, :, span] = part_LWP[:, self.width :]
-
-    def restore_columns(self) -> None:
-        """Make all `keys` anew from `rows`: sparse attention does not write those that nobody will read."""
-        rows = self.rows[..., : self.width].unflatten(2, (-1, TILE))
-        self.keys.copy_(rows.transpose(3, 4))
+            index_LIP = kept_LPW[:, at - start : at - start + size, self.width :].mT
+            self.index_keys[:, slot, at // TILE, :, at % TILE : at % TILE + size] = index_LIP
 
 
 class NativeCore:
@@ -89,21 +82,10 @@ class NativeCore:
     def __init__(
         self, weights: NativeWeights, slots: int, max_len: int, mtp: bool = False, threads: int = 1
     ) -> None:
-        self._weights, self.threads = weights, threads
+        self.weights, self.threads = weights, threads
         self.cache = NativeCache(weights.config, slots, max_len, mtp)
         self._library = library()
         self._memory, self._rows = torch.empty(0, dtype=torch.uint8), 0
-
-    @property
-    def weights(self) -> NativeWeights:
-        """What the next step computes with."""
-        return self._weights
-
-    @weights.setter
-    def weights(self, weights: NativeWeights) -> None:
-        if weights.model.topk > self._weights.model.topk:
-            self.cache.restore_columns()
-        self._weights = weights
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states [rows, D] after the last norm, in the order of `chunks`. Each slot may appear once."""

@@ -210,7 +210,7 @@ static void attention(const Model *m, const Layer *l, const Cache *cache, int nu
             layer_norm(index_key, l->index_norm, l->index_bias, m->index_dim, 1e-6f);
             rotate(index_key, cos, sin, half);
         }
-        remember(cache, number, s->slots[r], s->positions[r], key, index_key, m->topk);
+        remember(cache, number, s->slots[r], s->positions[r], key, index_key);
         rms_norm(part, l->q_norm, m->q_rank, m->latent_eps, part);
     }
     queries(m, l, s->parts, ld, s);
@@ -228,7 +228,7 @@ static void attention(const Model *m, const Layer *l, const Cache *cache, int nu
         float *q = s->q + run.row * ldq, *out = s->attended + run.row * ldo, *weights = scores + s->room_scores;
         int seen = run.start + 1 - lowest(&run, run.start);
         if (seen <= m->topk) { /* so do the others of the run: see runs() */
-            attend_all(cache, number, run, m->heads, m->latent, q, out, pairs, (Softmax *)states);
+            attend_all(cache, number, run, m->heads, m->latent, q, out, pairs, (Softmax *)states, scores);
             continue;
         }
         int64_t size = (int64_t)(run.start + run.count + TILE - 1) / TILE * TILE;

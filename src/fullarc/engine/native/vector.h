@@ -15,6 +15,11 @@ typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vf4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(64), aligned(4), may_alias));
 
+/* Read memory in order, so that it is in the cache (and fetched ahead) when it is read in another order. */
+INLINE void touch(const float *p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) (void)*(const volatile float *)(p + i);
+}
+
 INLINE vf load(const float *p) { return *(const vf *)p; }
 INLINE void store(float *p, vf x) { *(vf *)p = x; }
 INLINE vf all(float x) { return x - (vf){0}; }
@@ -51,6 +56,31 @@ INLINE vf sums(vf *x) {
     _Pragma("GCC unroll 8") FOLD(2, A2, B2)
     FOLD(1, A1, B1)
     return x[0];
+}
+
+/* 16 rows of 16 columns, `ld` apart, become the columns of rows that are `ldo` apart. */
+INLINE void transpose(const float *in, int64_t ld, float *out, int64_t ldo) {
+    vf a[LANES], b[LANES];
+#define EACH(n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
+    EACH(16) a[i] = load(in + i * ld);
+    EACH(8) {
+        b[2 * i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        b[2 * i + 1] = SHUFFLE(a[2 * i], a[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    EACH(4) for (int j = 0; j < 2; j++) { /* a[4 i + c]: column c of each group of 4, of rows 4 i … 4 i + 3 */
+        a[4 * i + 2 * j] = SHUFFLE(b[4 * i + j], b[4 * i + 2 + j], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        a[4 * i + 2 * j + 1] = SHUFFLE(b[4 * i + j], b[4 * i + 2 + j], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    EACH(4) {
+        vf low0 = SHUFFLE(a[i], a[4 + i], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        vf low1 = SHUFFLE(a[8 + i], a[12 + i], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        vf high0 = SHUFFLE(a[i], a[4 + i], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        vf high1 = SHUFFLE(a[8 + i], a[12 + i], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        store(out + i * ldo, SHUFFLE(low0, low1, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+        store(out + (4 + i) * ldo, SHUFFLE(high0, high1, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23));
+        store(out + (8 + i) * ldo, SHUFFLE(low0, low1, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+        store(out + (12 + i) * ldo, SHUFFLE(high0, high1, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+    }
 }
 
 INLINE float maximum(vf x) {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fullarc.config.model import ModelConfig
 from fullarc.engine.fused import FusedAttention, FusedFFN, FusedLayer, FusedMoE, Part, fuse
+from fullarc.engine.native.memory import Arena
 from fullarc.model import GlmMoeDsa
 from fullarc.model.ops import rope_tables
 
@@ -98,16 +99,16 @@ class Packer:
     """Makes structures out of tensors, and keeps what they point to."""
 
     def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-        self.kept: list[Any] = []
+        self.dtype, self.arena = dtype, Arena()
+        self.arrays: list[Any] = []
 
     def vector(self, values: Tensor) -> int:
         """Address of fp32 values, filled up with zeros."""
-        return self._address(F.pad(values.detach().float(), (0, -len(values) % LANES)))
+        return self.arena.keep(F.pad(values.detach().float(), (0, -len(values) % LANES)))
 
     def table(self, values: Tensor) -> int:
         """Address of fp32 values as they are."""
-        return self._address(values.detach().float())
+        return self.arena.keep(values.detach().float())
 
     def matrix(self, part: Part, exact: bool = False) -> Matrix:
         """One matrix; its rows (the outputs) are filled up to whole vectors."""
@@ -121,13 +122,13 @@ class Packer:
         assert part.scale is not None
         scale = F.pad(part.scale.flatten(), (0, outputs - len(part.scale)))
         q = (weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int32)
-        bias = self._address(q.sum(1, dtype=torch.int32) * ZERO_POINT)
+        bias = self.arena.keep(q.sum(1, dtype=torch.int32) * ZERO_POINT)
         if q.min() >= -NIBBLE and q.max() < NIBBLE:
             words = F.pad(q, (0, -inputs % 8)).unflatten(1, (-1, 2, 4)) + NIBBLE
             packed = (words[:, :, 0] + 16 * words[:, :, 1]).to(torch.uint8).flatten(1)
-            return Matrix(INT4, inputs, outputs, self._panels(packed), self._address(scale), bias)
+            return Matrix(INT4, inputs, outputs, self._panels(packed), self.arena.keep(scale), bias)
         packed = F.pad(q, (0, -inputs % 4)).to(torch.int8)
-        return Matrix(INT8, inputs, outputs, self._panels(packed), self._address(scale), bias)
+        return Matrix(INT8, inputs, outputs, self._panels(packed), self.arena.keep(scale), bias)
 
     def product(self, parts: Sequence[Part]) -> Product:
         """Several matrices side by side, each filled up to whole vectors; neighbours of one kind become one."""
@@ -156,7 +157,7 @@ class Packer:
         """An array of matrices."""
         made = list(matrices)
         array = (Matrix * len(made))(*made)
-        self.kept.append(array)
+        self.arrays.append(array)
         return array
 
     def _panels(self, rows: Tensor) -> int:
@@ -164,12 +165,7 @@ class Packer:
         words = rows.contiguous().view(torch.int32).T
         full = words.shape[1] // PANEL * PANEL
         panels = words[:, :full].unflatten(1, (-1, PANEL)).transpose(0, 1)
-        return self._address(torch.cat((panels.flatten(), words[:, full:].flatten())))
-
-    def _address(self, values: Tensor) -> int:
-        values = values.contiguous()
-        self.kept.append(values)
-        return values.data_ptr()
+        return self.arena.keep(torch.cat((panels.flatten(), words[:, full:].flatten())))
 
 
 def _filled(part: Part, rows: int = 0) -> Part:
@@ -269,7 +265,7 @@ def pack(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> NativeWei
     if mtp:
         out.mtp_enorm, out.mtp_hnorm, out.mtp_norm = map(made.vector, (mtp.enorm, mtp.hnorm, mtp.norm))
         out.mtp_join = made.product([_join(mtp.join, c.hidden_size)])
-    return NativeWeights(c, version, out, dtype, mtp is not None, [array, *made.kept])
+    return NativeWeights(c, version, out, dtype, mtp is not None, [array, made])
 
 
 def _join(part: Part, hidden: int) -> Part:
