@@ -161,6 +161,7 @@ def test_tito_scores_prompts_and_streams_what_is_new(http, talking):
 def test_pause_wait_lets_running_requests_finish_and_waiting_ones_wait(http, server):
     body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True}}
     s = server.engine.scheduler
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         futures = [pool.submit(post, http, "/generate", body) for _ in range(6)]
         wait(lambda: len(s.running) == 4 and len(s.waiting) == 2)

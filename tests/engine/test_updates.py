@@ -172,6 +172,7 @@ def test_what_becomes_of_a_running_request(http, server, checkpoints, policy):
 
 def test_service_goes_on_during_an_update(http, server, checkpoints):
     """Weights change three times under four requests: all of these end, and what follows is a fresh engine's."""
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         load = [pool.submit(generate, http, 200) for _ in range(4)]
         wait(lambda: server.engine.scheduler.counters.generated_tokens > 40)
