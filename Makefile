@@ -11,7 +11,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup sandbox demo check lint test bench
+.PHONY: setup sandbox compiler demo check lint test bench
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -27,6 +27,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m pip install -qq -r requirements.lock
 	$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@$(MAKE) --no-print-directory sandbox || true
+	@$(MAKE) --no-print-directory compiler || true
 	@touch $(STAMP)
 
 # Untrusted code runs in bubblewrap.
@@ -34,6 +35,12 @@ sandbox:
 	@command -v bwrap >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 		{ apt-get install -y -qq bubblewrap >/dev/null 2>&1 || { apt-get update -qq >/dev/null 2>&1; apt-get install -y -qq bubblewrap >/dev/null 2>&1; }; }; } || \
 		{ echo "bubblewrap is missing: type 'sudo apt-get install bubblewrap'."; exit 1; }
+
+# The engine compiles its kernels on first use; without a compiler it computes in torch, several times slower.
+compiler:
+	@command -v cc >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		{ apt-get install -y -qq gcc libc6-dev >/dev/null 2>&1 || { apt-get update -qq >/dev/null 2>&1; apt-get install -y -qq gcc libc6-dev >/dev/null 2>&1; }; }; } || \
+		{ echo "A C compiler is missing: type 'sudo apt-get install gcc'."; exit 1; }
 
 demo: setup sandbox
 	$(VENV)/bin/fullarc run recipes/laptop.toml

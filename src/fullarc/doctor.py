@@ -15,7 +15,7 @@ MEMORY_GB, DISK_GB = 6, 2
 
 def examine() -> list[dict[str, Any]]:
     """Checks as {name, ok, required, found, fix}; `fix` is a sentence that says what to type."""
-    return [_python(), _torch(), _threads(), _memory(), _disk(), _bubblewrap(), _chromium()]
+    return [_python(), _torch(), _threads(), _memory(), _disk(), _bubblewrap(), _compiler(), _chromium()]
 
 
 def _check(name: str, ok: bool, found: str, fix: str, required: bool = True) -> dict[str, Any]:
@@ -73,6 +73,12 @@ def _bubblewrap() -> dict[str, Any]:
         "kernel.apparmor_restrict_unprivileged_userns=0' (in a container: run it with --privileged)."
     )
     return _check("bubblewrap", not problem, f"bwrap fails: {problem}." if problem else "bwrap works.", fix)
+
+
+def _compiler() -> dict[str, Any]:
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "")
+    fix = "The engine computes in torch then, several times slower: type 'sudo apt-get install gcc'."
+    return _check("compiler", bool(found), f"{found}." if found else "no C compiler.", fix, required=False)
 
 
 def _chromium() -> dict[str, Any]:

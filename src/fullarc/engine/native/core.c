@@ -80,15 +80,18 @@ static void embed(const Model *m, Step *s, float *out, int64_t ld) {
 
 static void layer(const Model *m, const Cache *cache, int number, Step *s) {
     attention(m, m->layer + number, cache, number, s);
-    feed_forward(m, m->layer + number, s);
+    feed_forward(m, m->layer + number, number, s);
 }
 
 /* Final states [rows, hidden'] of rows with token ids, slots and positions; `memory`: fullarc_room bytes.
 
-   With `states` [rows, hidden'] it is the MTP layer's pass: row p joins token p with the trunk's state at p - 1. */
+   With `states` [rows, hidden'] it is the MTP layer's pass: row p joins token p with the trunk's state at p - 1.
+   `told_experts` and `told_keys` (see Step) are 0, or have been filled with what stands for nothing. */
 API void fullarc_forward(const Model *m, const Cache *cache, int rows, const int32_t *ids, const int32_t *slots,
-                         const int32_t *positions, const float *states, int threads, char *memory, float *out) {
+                         const int32_t *positions, const float *states, int threads, char *memory, float *out,
+                         int32_t *told_experts, int32_t *told_keys) {
     Step s = {.rows = rows, .ids = ids, .slots = slots, .positions = positions};
+    s.told_experts = told_experts, s.told_keys = told_keys;
     int64_t hidden = WHOLE(m->hidden);
     room(m, rows, cache->tiles * TILE, threads, &s, memory);
     s.runs = runs(m, &s, states ? 1 : 0);

@@ -120,7 +120,7 @@ class NativeCore:
         self._library.fullarc_forward(
             model, ctypes.byref(self.cache.structure), count, at, at + 4 * count, at + 8 * count,
             states_ND.data_ptr() if states_ND is not None else None, self.threads, self._memory.data_ptr(),
-            out_ND.data_ptr(),
+            out_ND.data_ptr(), None, None,
         )  # fmt: skip
         return out_ND[:, : c.hidden_size]
 

@@ -40,6 +40,7 @@ typedef struct {
     Run *run;
     float *h, *x, *parts, *q, *iq, *attended, *split, *inner, *routed, *gates, *join;
     int32_t *chosen_keys; /* [rows][topk], kept for layers without an indexer */
+    int32_t *told_experts, *told_keys; /* [rows][layers][K] and [rows][layers][topk] for who wants to know; or 0 */
     int32_t *chosen_experts, *order, *starts; /* [rows][K]; places in expert order; [E + 1] */
     char *converted;
     float *scales;
@@ -189,6 +190,10 @@ static void outputs(const Model *m, const Layer *l, Step *s) {
     product(&l->out, s->split, lds, s->rows, s->x, hidden, s);
 }
 
+INLINE int32_t *told_keys(const Model *m, const Step *s, int row, int layer) {
+    return s->told_keys + ((int64_t)row * m->layers + layer) * m->topk;
+}
+
 static void attention(const Model *m, const Layer *l, const Cache *cache, int number, Step *s) {
     int hidden = WHOLE(m->hidden), q_rank = WHOLE(m->q_rank), width = m->latent + m->rope, half = m->rope / 2;
     int at_key = q_rank, at_index = at_key + WHOLE(width), at_weights = at_index + WHOLE(m->index_dim);
@@ -229,6 +234,8 @@ static void attention(const Model *m, const Layer *l, const Cache *cache, int nu
         int seen = run.start + 1 - lowest(&run, run.start);
         if (seen <= m->topk) { /* so do the others of the run: see runs() */
             attend_all(cache, number, run, m->heads, m->latent, q, out, pairs, (Softmax *)states, scores);
+            for (int t = 0; s->told_keys && t < run.count; t++)
+                for (int p = 0; p <= run.start + t; p++) told_keys(m, s, run.row + t, number)[p] = p;
             continue;
         }
         int64_t size = (int64_t)(run.start + run.count + TILE - 1) / TILE * TILE;
@@ -239,6 +246,7 @@ static void attention(const Model *m, const Layer *l, const Cache *cache, int nu
             int32_t *chosen = s->chosen_keys + (int64_t)(run.row + t) * m->topk;
             if (l->has_index)
                 choose(scores + t * size, run.start + t + 1, m->topk, chosen, (int32_t *)(scores + run.count * size));
+            if (s->told_keys) memcpy(told_keys(m, s, run.row + t, number), chosen, m->topk * sizeof(int32_t));
             attend_chosen(cache, number, run.slot, m->heads, m->latent, q + t * ldq, chosen, m->topk, out + t * ldo,
                           weights);
         }
@@ -322,13 +330,17 @@ static void expert(const Model *m, const Layer *l, int e, Input x, Step *s, floa
     }
 }
 
-static void feed_forward(const Model *m, const Layer *l, Step *s) {
+static void feed_forward(const Model *m, const Layer *l, int number, Step *s) {
     int64_t hidden = WHOLE(m->hidden), experts = WHOLE(m->experts);
     norm_rows(s->h, hidden, l->ffn_norm, m->hidden, m->eps, s->rows, s->x, hidden);
     if (l->experts) {
         multiply(&l->router, converted(F32, s->x, hidden, s->rows, m->hidden, s), 0, s->rows, s->parts, experts);
-        SHARED for (int r = 0; r < s->rows; r++)
-            route(m, l, s->parts + r * experts, s->chosen_experts + r * m->chosen, s->gates + r * m->chosen);
+        SHARED for (int r = 0; r < s->rows; r++) {
+            int32_t *chosen = s->chosen_experts + r * m->chosen;
+            route(m, l, s->parts + r * experts, chosen, s->gates + r * m->chosen);
+            if (s->told_experts)
+                memcpy(s->told_experts + ((int64_t)r * m->layers + number) * m->chosen, chosen, m->chosen * sizeof(int32_t));
+        }
         ONE_THREAD sort_by_expert(m, s);
         Input x = converted(l->experts_gate_up->kind, s->x, hidden, s->rows, m->hidden, s);
         SHARED_ONE_BY_ONE for (int e = 0; e < m->experts; e++)
