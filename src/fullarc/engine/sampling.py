@@ -208,6 +208,9 @@ def draft(
 
     Otherwise they are drawn by the number that will draw the token itself, which makes equal draws likely.
     """
+    if not independent and all(p.plain for p in params) and available():
+        u_N = uniforms([p.seed for p in params], positions)
+        return draw(logits_NV, [p.temperature for p in params], u_N)[0], None
     chances_NV, logits_NV = _chances(logits_NV, _logprobs(logits_NV, params), params)
     if chances_NV is None:
         return argmax(logits_NV).tolist(), None
