@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fullarc.engine.attention import Grid, Run, attend, choose, grids, rotate
 from fullarc.engine.cache import Cache
+from fullarc.engine.trace import Trace, seen
 from fullarc.engine.weights import (
     AttentionWeights,
     EngineWeights,
@@ -85,16 +86,16 @@ class Core:
         self._block = ROW_BLOCK if all(ROW_BLOCK * width % VECTORS == 0 for width in widths) else VECTORS
 
     @torch.inference_mode()
-    def forward(self, chunks: list[Chunk]) -> Tensor:
+    def forward(self, chunks: list[Chunk], trace: Trace | None = None) -> Tensor:
         """Final hidden states [rows, D] after the last norm, in the order of `chunks` (plus padding rows).
 
-        Each slot may appear once.
+        Each slot may appear once. `trace`, of as many rows as `chunks` have, takes what they chose.
         """
         w = self.weights
         ids_N, batch = self._batch(chunks)
         h_ND = w.embed[ids_N].float()
         for number, layer in enumerate(w.layers):
-            h_ND = self._layer(number, layer, h_ND, batch)
+            h_ND = self._layer(number, layer, h_ND, batch, trace)
         return _norm(h_ND, w.norm, w.config.rms_norm_eps)
 
     @torch.inference_mode()
@@ -128,12 +129,27 @@ class Core:
         c = self.weights.config
         return self.cache.max_len if c.dense_attention else c.index_topk
 
-    def _layer(self, number: int, layer: LayerWeights, h_ND: Tensor, batch: _Batch) -> Tensor:
+    def _layer(
+        self, number: int, layer: LayerWeights, h_ND: Tensor, batch: _Batch, trace: Trace | None = None
+    ) -> Tensor:
         h_ND = h_ND + self._attention(number, layer.attention, h_ND, batch)
+        if trace and trace.keys_NLS is not None:
+            trace.keys_NLS[:, number] = self._seen(batch)
         normed = _norm(h_ND, layer.ffn_norm, self.weights.config.rms_norm_eps)
         if isinstance(layer.ffn, MoEWeights):
-            return h_ND + _moe(layer.ffn, normed, batch.rows)
+            _, chosen_NK, g_NK = layer.ffn.router(normed)
+            if trace and trace.experts_NLK is not None:
+                trace.experts_NLK[:, number] = chosen_NK[: batch.rows]
+            return h_ND + _moe(layer.ffn, normed, chosen_NK, g_NK, batch.rows)
         return h_ND + _ffn(layer.ffn, normed)
+
+    def _seen(self, batch: _Batch) -> Tensor:
+        """The keys that the rows see in the present layer [rows, index_topk]."""
+        topk = self.weights.config.index_topk
+        parts = [
+            seen(*pair, topk) for pair in zip(batch.choices, (g.gathers for g in batch.grids), strict=True)
+        ]
+        return torch.cat(parts).index_select(0, batch.back_N[: batch.rows])
 
     def _batch(self, chunks: list[Chunk], first: int = 0) -> tuple[Tensor, _Batch]:
         """Token ids and tensors of a step's rows; keys before `first` are not seen."""
@@ -216,12 +232,11 @@ def _ffn(w: FFNWeights, x_ND: Tensor) -> Tensor:
     return w.down(F.silu(gate).mul_(up))
 
 
-def _moe(w: MoEWeights, x_ND: Tensor, rows: int) -> Tensor:
+def _moe(w: MoEWeights, x_ND: Tensor, chosen_NK: Tensor, g_NK: Tensor, rows: int) -> Tensor:
     """sum_e g_e E_e(x) + shared(x), experts added in ascending order; every expert computes its own rows.
 
     Only the first `rows` go to experts; the others are padding.
     """
-    _, chosen_NK, g_NK = w.router(x_ND)
     slot_RK, ends_E = dispatch(chosen_NK[:rows], len(w.router.weight))
     token_P = tokens_of(slot_RK, int(ends_E[-1]))
     gate_PF, up_PF = w.gate_up(x_ND.index_select(0, token_P), ends_E).chunk(2, dim=-1)

@@ -7,6 +7,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.engine.draft import Speculation
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.stops import StopWatch
+from fullarc.engine.trace import Choices
 
 
 class RequestError(FullarcError):
@@ -26,6 +27,7 @@ class Request:
         stops: what looks for stop strings, if there are any.
         top_logprobs, ids_logprobs: the likeliest tokens, and those asked for, at each output token.
         input_top_logprobs, input_ids_logprobs: the same at each scored prompt token.
+        choices: collects the experts and keys that were chosen, where they are asked for.
         wants_hidden: whether the last hidden state of the prompt is kept, as `hidden` [hidden_size].
         versions: [version, start, end] spans over the output tokens.
         spec: drafts, and how many were accepted.
@@ -39,6 +41,7 @@ class Request:
     on_token: Callable[["Request"], None] | None = None
     on_finish: Callable[["Request"], None] | None = None
     stops: StopWatch | None = None
+    choices: Choices | None = None
     wants_hidden: bool = False
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

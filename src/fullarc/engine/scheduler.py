@@ -25,6 +25,7 @@ from fullarc.engine.draft import Drafter, Progress
 from fullarc.engine.penalties import penalised
 from fullarc.engine.request import Counters, QueueFullError, Request, RequestError
 from fullarc.engine.sampling import chosen_logprobs, sample, told_logprobs, top_logprobs
+from fullarc.engine.trace import Trace
 
 SCORE_ROWS = 256
 
@@ -116,6 +117,13 @@ class Scheduler:
             )
         if len(request.params.forbidden) >= vocab:
             raise RequestError("All tokens are forbidden.", "Leave at least one.")
+        start = request.choices.experts_from if request.choices else None
+        if start is not None and not 0 <= start <= len(prompt):
+            raise RequestError(f"routed_experts_start_len {start} lies outside the prompt.")
+        if request.choices and request.choices.keys and self.core.weights.config.dense_attention:
+            raise RequestError(
+                "This model attends to all keys: it has no indexer whose choice could be told."
+            )
         if not -1 <= request.score_from <= len(prompt):
             raise RequestError(f"logprob_start_len {request.score_from} lies outside the prompt.")
 
@@ -190,10 +198,13 @@ class Scheduler:
             return
         began = time.perf_counter()
         self.counters.steps += 1
-        hidden = self.core.forward([part.chunk for part in parts])
+        trace = self._trace(parts)
+        hidden = self.core.forward([part.chunk for part in parts], trace)
         last, prefilled, ends = list[_Part](), list[Request](), list[tuple[Request, str]]()
         for part in parts:
             request = part.request
+            if trace and request.choices:
+                request.choices.add(part.chunk.start, trace, slice(part.row, part.row + len(part.chunk.ids)))
             if request.score_from >= 0 and request.computed < len(request.prompt):
                 self._score(request, hidden, part.row, part.known)
             if request.computed < len(request.prompt) <= request.computed + part.known:
@@ -231,6 +242,8 @@ class Scheduler:
                 if request.score_from < 0
                 else min(max(request.score_from - 1, 0), len(request.ids) - 1)
             )
+            if request.choices:  # what is told must be computed
+                limit = min(limit, request.choices.first)
             blocks = self.prefix.match(request.ids[:limit])
             usable = min(limit // BLOCK, len(request.chain))
             if len(blocks) < usable and self.prefix.enabled and request.chain[len(blocks)] in computing:
@@ -262,6 +275,15 @@ class Scheduler:
                 parts.append(_Part(request, Chunk(request.slot, request.computed, ids), known, row))
                 row += len(ids)
         return parts
+
+    def _trace(self, parts: list[_Part]) -> Trace | None:
+        """What takes the step's choices, if a request asks for some."""
+        asked = [part.request.choices for part in parts if part.request.choices]
+        if not asked:
+            return None
+        rows = parts[-1].row + len(parts[-1].chunk.ids)
+        experts, keys = any(c.experts_from is not None for c in asked), any(c.keys for c in asked)
+        return Trace.of(self.core.weights.config, rows, experts, keys)
 
     def _sample(self, parts: list[_Part], hidden: torch.Tensor) -> list[tuple[Request, str]]:
         """Sample behind the last known token of each part and behind its drafts; returns who ends, and how."""

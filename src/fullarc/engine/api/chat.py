@@ -4,7 +4,7 @@ Streamed, reasoning and content are sent as they grow and tool calls whole at th
 add up to the message that the same request gets without streaming.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -14,11 +14,13 @@ from starlette.responses import Response
 from fullarc.chat import Message, Tokenizer, render
 from fullarc.chat.openai import BadRequest, dump, flag, message_json, read_messages, read_tools
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
+from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.request import QueueFullError, Request
+from fullarc.engine.trace import Choices
 
 
 class StreamOptions(BaseModel):
@@ -28,7 +30,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class ChatBody(OpenAISampling):
+class ChatBody(OpenAISampling, ExpertsBody):
     """POST /v1/chat/completions, with SGLang's and vLLM's extensions."""
 
     model: str | None = None
@@ -63,7 +65,7 @@ class Conversation:
     def __init__(
         self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
         clear_thinking: bool, sampling: OpenAISampling, max_tokens: int | None, top: int = 0,
-        ids: list[int] | None = None,
+        ids: list[int] | None = None, choices: Callable[[], Choices | None] = lambda: None,
     ) -> None:  # fmt: skip
         self.tok: Tokenizer = service.text
         self.tools, self.thinking = tools, thinking
@@ -82,7 +84,7 @@ class Conversation:
         if self.wire.n > service.scheduler.max_queue:
             raise QueueFullError(f"{self.wire.n} samples do not fit the queue.")
         names = [f"{self.name}-{index}" for index in range(self.wire.n)]
-        self.requests = build(service, ids, self.wire, names, top=top)
+        self.requests = build(service, ids, self.wire, names, top=top, choices=choices)
 
     def read(self, index: int) -> Turn:
         """What a finished sample says."""
@@ -151,6 +153,7 @@ class Chat:
         conversation = Conversation(
             self.service, messages, tools, thinking, flag(kwargs, "clear_thinking", False),
             body.model_copy(update={"max_tokens": limit}), None, body.top_logprobs or 0, body.input_ids,
+            collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None),
         )  # fmt: skip
         if body.stream:
             watch = await self.service.submit(conversation.requests, each_token=True)
@@ -191,6 +194,7 @@ class Chat:
                 "stop_reason": _own_stop(request),
                 "format_errors": turn.format_errors,
             }
+            told |= vllm_choices(request, body.form(self.service.experts))
             if body.return_meta_info:
                 told["meta_info"] = {
                     "id": request.rid,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
+from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
@@ -21,7 +22,7 @@ from fullarc.engine.request import QueueFullError, Request, RequestError
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 
 
-class CompletionBody(OpenAISampling):
+class CompletionBody(OpenAISampling, ExpertsBody):
     """POST /v1/completions."""
 
     model: str | None = None
@@ -60,12 +61,13 @@ class Completions:
             raise QueueFullError(f"{len(prompts) * wire.n} sequences do not fit the queue.")
         name = self.service.next_id("cmpl")
         score_from = 0 if body.echo and body.logprobs is not None else -1
+        collect = collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None)
         requests = [
             request
             for number, prompt in enumerate(prompts)
             for request in build(
                 self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)],
-                top=body.logprobs or 0, score_from=score_from,
+                top=body.logprobs or 0, score_from=score_from, choices=collect,
             )
         ]  # fmt: skip
         if body.stream:
@@ -149,6 +151,8 @@ class _Teller:
             choice["token_ids"] = request.ids[start + begin : start + end]
             if first:
                 choice["prompt_token_ids"] = request.prompt
+        if done:
+            choice |= vllm_choices(request, body.form(self.service.experts))
         return choice
 
     def _logprobs(self, begin: int, end: int, echo: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ change the sampled tokens and is not implemented is refused, never ignored; what
 about images, grammars or adapters in its neutral value, is accepted and without effect.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +14,7 @@ from fullarc.engine.api.service import Service
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import MAX_LOGPROB_IDS, MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
 from fullarc.engine.stops import MAX_STRINGS, StopStrings, StopWatch
+from fullarc.engine.trace import Choices
 
 MAX_SAMPLES = 1024
 Ids = list[Annotated[int, Field(strict=True)]]
@@ -81,6 +82,7 @@ class OpenAISampling(BaseModel):
     repetition_penalty: float | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    routed_experts_prompt_start: int = Field(0, strict=True, ge=0)
     # refused unless neutral
     response_format: dict[str, Any] | None = None
     guided_json: None = None
@@ -133,6 +135,7 @@ def build(
     top: int = 0,
     logprob_ids: Sequence[int] = (),
     wants_hidden: bool = False,
+    choices: Callable[[], Choices | None] = lambda: None,
 ) -> list[Request]:
     """The `wire.n` samples of one prompt as requests named `rids`. Raises RequestError for impossible values."""
     scheduler, stops, strings = service.scheduler, set(wire.stop_token_ids or ()), None
@@ -160,7 +163,9 @@ def build(
                 repetition_penalty=wire.repetition_penalty, logprob_ids=tuple(logprob_ids),
                 logit_bias=tuple((token, value) for token, value in bias.items() if not value <= -100),
             )  # fmt: skip
-            request = Request(rid, list(prompt), params, score_from, wants_hidden=wants_hidden)
+            request = Request(
+                rid, list(prompt), params, score_from, wants_hidden=wants_hidden, choices=choices()
+            )
             if strings:
                 request.stops = StopWatch(strings, token_bytes)
             requests.append(request)

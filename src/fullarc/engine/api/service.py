@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -49,9 +49,17 @@ class Service:
     Attributes:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
         name: the model's name for clients.
+        experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
     """
 
-    def __init__(self, engine: Engine, model_path: str | Path, name: str = "", seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model_path: str | Path,
+        name: str = "",
+        seed: int = 0,
+        experts: Literal["npy", "compact"] | None = None,
+    ) -> None:
         self.worker = Worker(engine.scheduler, self._after_step)
         self.model_path, self.started = str(model_path), time.time()
         folder = Path(model_path)
@@ -60,7 +68,7 @@ class Service:
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )
-        self.latencies, self.seeds = Latencies(), SeedSource(seed)
+        self.latencies, self.seeds, self.experts = Latencies(), SeedSource(seed), experts
         self._numbers = itertools.count(1)
         self._noted: list[Watch] = []
         self._urgent, self._told_at = False, 0.0

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.engine.api.choices import collector, sglang_choices
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
@@ -32,6 +33,9 @@ class GenerateBody(BaseModel):
     top_logprobs_num: Count | list[Count] = 0
     token_ids_logprob: AskedIds | list[AskedIds] | None = None
     return_text_in_logprobs: bool = False
+    return_routed_experts: bool | None = None
+    routed_experts_start_len: int = Field(0, strict=True)
+    return_indexer_topk: bool | None = None
     stream: bool = False
     # not implemented: only their neutral values are accepted
     input_embeds: None = None
@@ -41,8 +45,6 @@ class GenerateBody(BaseModel):
     lora_path: None = None
     session_params: None = None
     return_hidden_states: Literal[False, None] = None
-    return_routed_experts: Literal[False, None] = None
-    return_indexer_topk: Literal[False, None] = None
     return_sampling_mask: Literal[False, None] = None
     custom_logit_processor: None = None
 
@@ -69,6 +71,9 @@ class Plan:
         )
         rids = _spread(body.rid, count, "rid")
         prefix = service.next_id("fullarc")
+        choices = collector(
+            body.routed_experts_start_len, bool(body.return_routed_experts), bool(body.return_indexer_topk)
+        )
         self.requests: list[Request] = []
         self.tellers: list[Teller] = []
         for number, prompt in enumerate(prompts):
@@ -85,7 +90,7 @@ class Plan:
             told = bool(wants[number])
             new = build(
                 service, prompt, wire, names, score_from=starts[number] if told else -1,
-                top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (),
+                top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
             )  # fmt: skip
             self.requests += new
             self.tellers += [
@@ -144,6 +149,7 @@ class Teller:
             meta |= request.spec.told(len(output))
         if ended:
             meta["e2e_latency"] = request.ended - request.arrived
+            meta |= sglang_choices(request)
         if self.logprobs:
             meta |= self._logprobs(output, count)
         if self.text:

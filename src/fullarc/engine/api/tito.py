@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, usage
@@ -23,7 +24,7 @@ class TitoSampling(OpenAISampling):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TitoBody(BaseModel):
+class TitoBody(ExpertsBody):
     """POST /inference/v1/generate."""
 
     model_config = ConfigDict(extra="ignore")
@@ -57,7 +58,11 @@ class Tito:
         top = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         names = [name if wire.n == 1 else f"{name}_{index}" for index in range(wire.n)]
         score_from = -1 if sampling.prompt_logprobs is None else 0
-        requests = build(self.service, body.token_ids, wire, names, top=top, score_from=score_from)
+        form = body.form(self.service.experts)
+        choices = collector(sampling.routed_experts_prompt_start, form is not None)
+        requests = build(
+            self.service, body.token_ids, wire, names, top=top, score_from=score_from, choices=choices
+        )
         tellers = [_Teller(self.service, body, request) for request in requests]
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)
@@ -77,6 +82,7 @@ class _Teller:
     def __init__(self, service: Service, body: TitoBody, request: Request) -> None:
         self.service, self.request = service, request
         self.asked = body.sampling_params.logprobs
+        self.form = body.form(service.experts)
         self.told = 0
 
     def choice(self, index: int) -> dict[str, Any]:
@@ -106,6 +112,8 @@ class _Teller:
                     _entry(request.logprobs[at], token) | {"rank": rank, "top_logprobs": best[: self.asked]}
                 )
             choice["logprobs"] = {"content": content}
+        if done:
+            choice |= vllm_choices(request, self.form)
         return choice
 
 
