@@ -38,6 +38,7 @@ from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
 from fullarc.engine.api.tito import Tito
+from fullarc.engine.api.transfer import Transfer
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.api.vllm import Vllm
 from fullarc.engine.engine import Engine
@@ -56,7 +57,13 @@ class Server:
         self.service = Service(engine, model_path, seed=seed)
         updates = Updates(self.service)
         plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Page)
-        dialects = [updates, Vllm(self.service, updates), *(kind(self.service) for kind in plain)]
+        self.transfer = Transfer(self.service, updates, remote=api_key is not None)
+        dialects = [
+            updates,
+            self.transfer,
+            Vllm(self.service, updates),
+            *(kind(self.service) for kind in plain),
+        ]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(
@@ -73,6 +80,7 @@ class Server:
         yield
         worker.call(lambda s: s.abort(None))
         await asyncio.to_thread(worker.stop)
+        self.transfer.close()
 
     async def openapi(self, _http: HttpRequest) -> Response:
         """This description."""

@@ -1,8 +1,8 @@
 """What the model chose: the experts of every MoE layer and the keys of every indexer, for training that replays them.
 
 A `Trace` takes the choices of one step's rows; `Core.forward` fills it when it is given one. `Choices` keeps those of
-one request by position, whatever chunks, drafts and repetitions they came in: the last computation of a position counts.
-What is asked for is computed: the prefix cache, which has no choices, serves only the positions before.
+one request by position, whatever chunks, drafts and repetitions they came in: the last computation of a position
+counts. What is asked for is computed: the prefix cache, which has no choices, serves only the positions before.
 
 Both have a row for every layer, as SGLang's have: experts [position, layer, k] ascending, 0 in dense layers; keys
 [position, layer, index_topk] ascending, -1 behind the last. A layer without an indexer of its own repeats the choice it

@@ -1,8 +1,9 @@
 """Routed experts and indexer sets of a finished request (see `trace`), as SGLang, vLLM and prime-rl write them.
 
-SGLang: base64 of int32 [rows, layers * k]. vLLM: base64 of an .npy file [rows, layers, k]. prime-rl ("compact"): base64
-of the smallest unsigned integers that hold them, with their shape. Rows are the positions from the asked-for start to the
-last token but one, the last that was computed. Where one of them never was (an aborted request), nothing is told.
+SGLang: base64 of int32 [rows, layers * k]. vLLM: base64 of an .npy file [rows, layers, k]. prime-rl ("compact"):
+base64 of the smallest unsigned integers that hold them, with their shape. Rows are the positions from the asked-for
+start to the last token but one, the last that was computed. Where one of them never was (an aborted request), nothing
+is told.
 """
 
 import base64

@@ -10,10 +10,11 @@ Invariants: every request of a `Watch` ends; a client that hangs up, or reads no
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -28,6 +29,7 @@ from fullarc.engine.sampling import MAX_SEED
 from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.worker import Worker
 
+T = TypeVar("T")
 STALL_S = 120.0
 CROWD, TELL_S = 16, 0.05
 
@@ -242,6 +244,30 @@ class EventStream(Response):
             await asyncio.sleep(STALL_S / 4)
         if writer:
             writer.cancel()
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """What `function` returns, from a thread of its own that nobody waits for when the server ends.
+
+    For what waits on others: it must neither hold up the exit nor take a place in the loop's small pool.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def give(set_it: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            set_it(value)
+
+    def run() -> None:
+        try:
+            told: tuple[Callable[[Any], None], Any] = future.set_result, function()
+        except BaseException as error:  # noqa: BLE001  (handed to the caller, not swallowed)
+            told = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(give, *told)
+
+    threading.Thread(target=run, name="api", daemon=True).start()
+    return await future
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.guard import Endpoint, answer, read_body
-from fullarc.engine.api.service import Service
+from fullarc.engine.api.service import Service, in_thread
 from fullarc.engine.backend import Weights
 from fullarc.engine.engine import same_shape
 from fullarc.engine.scheduler import Scheduler
@@ -32,7 +32,9 @@ KvPolicy = Literal["keep", "recompute", "drop"]
 Version = Field(None, max_length=200)
 
 
-class _UpdateBody(BaseModel):
+class UpdateBody(BaseModel):
+    """What every update may say."""
+
     model_config = ConfigDict(extra="ignore")
 
     weight_version: str | None = Version
@@ -48,21 +50,21 @@ class _UpdateBody(BaseModel):
         return "drop" if self.abort_all_requests else self.kv_policy
 
 
-class DiskBody(_UpdateBody):
+class DiskBody(UpdateBody):
     """POST /update_weights_from_disk. `weight_version` defaults to one more than the present number."""
 
     model_path: str = Field(max_length=4096)
     manifest_sha256: str | None = None
 
 
-class TensorBody(_UpdateBody):
+class TensorBody(UpdateBody):
     """POST /update_weights_from_tensor: base64 of safetensors, never a pickle."""
 
     serialized_named_tensors: list[str] = Field(min_length=1)
     load_format: str | None = None
 
 
-class SharedMemoryBody(_UpdateBody):
+class SharedMemoryBody(UpdateBody):
     """POST /update_weights_from_ipc: the name of a shared-memory object that holds safetensors."""
 
     shared_memory: str
@@ -77,7 +79,7 @@ class VersionBody(BaseModel):
     abort_all_requests: bool = False
 
 
-class EndBody(_UpdateBody):
+class EndBody(UpdateBody):
     """POST /end_weight_update."""
 
 
@@ -89,6 +91,24 @@ class NameBody(BaseModel):
     truncate_size: int = Field(100, ge=1, le=100_000)
 
 
+class _Session:
+    """The parts of an open update."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Tensor] = {}
+        self.failed = ""
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Keep some more."""
+        self._parts |= parts
+
+    def whole(self) -> dict[str, Tensor]:
+        """All of them. Raises FullarcError if some are missing."""
+        if self.failed:
+            raise FullarcError(f"A part of this update failed: {self.failed}", "Begin it again.")
+        return self._parts
+
+
 class Updates:
     """The handlers. `install` is what other dialects call."""
 
@@ -98,7 +118,7 @@ class Updates:
             Staging(service.model_path, service.scheduler.core.weights),
         )
         self._lock = asyncio.Lock()
-        self._open: dict[str, Tensor] | None = None  # parts since /begin_weight_update
+        self._open: _Session | None = None
 
     def endpoints(self) -> list[Endpoint]:
         """The routes."""
@@ -121,7 +141,8 @@ class Updates:
             old = self.service.scheduler.core.weights
             if version is None:
                 version = str(int(old.version) + 1) if old.version.isdecimal() else "1"
-            weights = await asyncio.to_thread(load, version)
+            name = version
+            weights = await in_thread(lambda: load(name))
             same_shape(weights, old)
 
             def swap(scheduler: Scheduler) -> int:
@@ -156,7 +177,7 @@ class Updates:
     async def from_disk(self, http: HttpRequest) -> Response:
         """Load a checkpoint folder."""
         body = await read_body(http, DiskBody)
-        return await self._tell(
+        return await self.tell(
             self.load_folder(body.model_path, body.weight_version, body.policy, body.manifest_sha256)
         )
 
@@ -166,42 +187,50 @@ class Updates:
         if body.load_format not in (None, "", "safetensors"):
             message = f"load_format {body.load_format[:50]!r} needs a pickle, and pickles are never read."
             return answer({"success": False, "message": f"{message} Send base64 of safetensors."}, 400)
-        return await self._parts(lambda: decode_tensors(body.serialized_named_tensors), body)
+        return await self.tell(self.parts(lambda: decode_tensors(body.serialized_named_tensors), body))
 
     async def from_shared_memory(self, http: HttpRequest) -> Response:
         """Replace some or all tensors by those in shared memory."""
         body = await read_body(http, SharedMemoryBody)
-        return await self._parts(lambda: read_shared_memory(body.shared_memory, body.sha256), body)
+        return await self.tell(self.parts(lambda: read_shared_memory(body.shared_memory, body.sha256), body))
 
-    async def _parts(self, read: Callable[[], dict[str, Tensor]], body: _UpdateBody) -> Response:
-        if self._open is not None:
+    async def parts(self, read: Callable[[], dict[str, Tensor]], body: UpdateBody) -> dict[str, Any]:
+        """Install the tensors that `read` gives, or keep them where an update is open. Raises FullarcError."""
+        session = self._open
+        if session is None:
+            return await self.install(
+                lambda version: self.staging.from_tensors(read(), version), body.weight_version, body.policy
+            )
+        async with self._lock:
             try:
-                self._open |= await asyncio.to_thread(read)
+                session.add(await in_thread(read))
             except FullarcError as error:
-                return answer({"success": False, "message": str(error)}, 400)
-            return answer({"success": True, "message": "Kept for /end_weight_update."})
+                session.failed = str(error)
+                raise
+        return {"success": True, "message": "Kept until the update is finished."}
 
-        def load(version: str) -> Weights:
-            return self.staging.from_tensors(read(), version)
+    def open(self) -> None:
+        """From now on parts are collected."""
+        self._open = _Session()
 
-        return await self._tell(self.install(load, body.weight_version, body.policy))
+    async def finish(self, body: UpdateBody) -> dict[str, Any]:
+        """Install the collected parts as one update. Raises FullarcError if one of them failed."""
+        session, self._open = self._open, None
+        if session is None:
+            raise FullarcError("No weight update is open.", "Begin one first.")
+        parts = session.whole()
+        return await self.install(
+            lambda version: self.staging.from_tensors(parts, version), body.weight_version, body.policy
+        )
 
     async def begin(self, _http: HttpRequest) -> Response:
         """From now on parts are collected."""
-        self._open = {}
+        self.open()
         return answer({"success": True, "message": "Parts are collected until /end_weight_update."})
 
     async def end(self, http: HttpRequest) -> Response:
         """Install the collected parts as one update."""
-        body = await read_body(http, EndBody)
-        parts, self._open = self._open, None
-        if parts is None:
-            return answer({"success": False, "message": "There was no /begin_weight_update."}, 400)
-        return await self._tell(
-            self.install(
-                lambda version: self.staging.from_tensors(parts, version), body.weight_version, body.policy
-            )
-        )
+        return await self.tell(self.finish(await read_body(http, EndBody)))
 
     async def rename(self, http: HttpRequest) -> Response:
         """Give the present weights another version."""
@@ -218,7 +247,8 @@ class Updates:
         values = await asyncio.to_thread(self.staging.values, body.name, body.truncate_size)
         return answer(values)
 
-    async def _tell(self, update: Any) -> Response:
+    async def tell(self, update: Any) -> Response:
+        """SGLang's answer to an update that is awaited here."""
         try:
             return answer(await update)
         except FullarcError as error:

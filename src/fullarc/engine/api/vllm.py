@@ -26,16 +26,6 @@ from fullarc.engine.scheduler import Scheduler
 DRAIN_POLL_S = 0.01
 
 
-class WeightsBody(BaseModel):
-    """POST /update_weights: prime-rl's `weight_dir`, or vLLM's `update_info`."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    weight_dir: str | None = Field(None, max_length=4096)
-    update_info: dict[str, Any] | None = None
-    weight_version: str | None = Field(None, max_length=200)
-
-
 class ArealBody(BaseModel):
     """POST /areal_update_weights."""
 
@@ -86,7 +76,6 @@ class Vllm:
             Endpoint("/is_paused", self.is_paused, get),
             Endpoint("/is_sleeping", self.is_sleeping, get),
             Endpoint("/abort_requests", self.abort, body=AbortsBody),
-            Endpoint("/update_weights", self.update, body=WeightsBody),
             Endpoint("/weight_info", self.weight_info, get),
             Endpoint("/get_world_size", self.world_size, get),
             Endpoint("/areal_update_weights", self.areal_update, body=ArealBody),
@@ -147,15 +136,6 @@ class Vllm:
         body = await read_body(http, AbortsBody)
         count = await self.service.on_engine(lambda s: sum(s.abort(name) for name in body.request_ids))
         return answer({"aborted": count})
-
-    async def update(self, http: HttpRequest) -> Response:
-        """Load a checkpoint folder; running requests keep their latents."""
-        body = await read_body(http, WeightsBody)
-        folder = body.weight_dir or (body.update_info or {}).get("model_path")
-        if not isinstance(folder, str):
-            raise BadRequest("Only weights from a folder are loaded here: give weight_dir.", "weight_dir")
-        told = await self.updates.load_folder(folder, body.weight_version, "keep")
-        return answer({"status": "ok"} | told)
 
     async def weight_info(self, _http: HttpRequest) -> Response:
         """The version of the present weights."""
