@@ -5,7 +5,7 @@ Invariant: whatever a client sends ends as a value of the right type or as a `Ba
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fullarc.chat.messages import Message
@@ -97,6 +97,22 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
         ):
             raise BadRequest(f"tools[{number}] is not an OpenAI function tool.", f"tools[{number}]")
     return tools
+
+
+def read_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]] | None) -> list[str] | None:
+    """The functions of which one must be called; None for "auto" and "none"."""
+    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if choice in (None, "auto", "none"):
+        return None
+    names = [tool["function"]["name"] for tool in tools or ()]
+    if choice != "required":
+        name = named.get("name") if isinstance(named, dict) else None
+        if not isinstance(name, str):
+            raise BadRequest("'tool_choice' must be auto, none, required or a function.", "tool_choice")
+        names = [known for known in names if known == name]
+    if not names or not all(name.strip() for name in names):
+        raise BadRequest("'tool_choice' asks for a function that 'tools' does not have.", "tool_choice")
+    return names
 
 
 def message_json(message: Message) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine.draft import Speculation
+from fullarc.engine.guide import Guide
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.stops import StopWatch
 from fullarc.engine.trace import Choices
@@ -27,6 +28,7 @@ class Request:
         stops: what looks for stop strings, if there are any.
         top_logprobs, ids_logprobs: the likeliest tokens, and those asked for, at each output token.
         input_top_logprobs, input_ids_logprobs: the same at each scored prompt token.
+        guide: decides what may be sampled next, where the output must follow a form.
         choices: collects the experts and keys that were chosen, where they are asked for.
         wants_hidden: whether the last hidden state of the prompt is kept, as `hidden` [hidden_size].
         versions: [version, start, end] spans over the output tokens.
@@ -41,6 +43,7 @@ class Request:
     on_token: Callable[["Request"], None] | None = None
     on_finish: Callable[["Request"], None] | None = None
     stops: StopWatch | None = None
+    guide: Guide | None = None
     choices: Choices | None = None
     wants_hidden: bool = False
     ids: list[int] = field(default_factory=list)

@@ -22,6 +22,7 @@ from fullarc.engine.backend import ForwardPass, Weights
 from fullarc.engine.cache import BLOCK, PrefixCache
 from fullarc.engine.core import Chunk
 from fullarc.engine.draft import Drafter, Progress
+from fullarc.engine.guide import guided
 from fullarc.engine.penalties import penalised
 from fullarc.engine.request import Counters, QueueFullError, Request, RequestError
 from fullarc.engine.sampling import chosen_logprobs, sample, told_logprobs, top_logprobs
@@ -300,6 +301,7 @@ class Scheduler:
             ids += [request.ids, *(request.ids + guesses[:n] for n in range(1, len(guesses) + 1))]
         logits, params = self.core.logits(hidden, rows), [request.params for request in owners]
         steered = penalised(logits, params, [request.prompt for request in owners], ids)
+        steered = guided(steered, [request.guide for request in owners])
         known = (drafted, drafts, torch.stack(q)) if q else None
         sampled = zip(*sample(logits, params, [len(i) for i in ids], steered, known), strict=True)
         nothing: list[list[tuple[float, int]]] = [[]] * len(rows)
@@ -347,6 +349,8 @@ class Scheduler:
         request.weight_version = version
         armed = count > request.params.min_new_tokens
         text = request.stops.feed(token, armed) if request.stops else None
+        if request.guide:
+            request.guide.feed(token)
         if armed and token in request.params.stop_ids:
             request.matched = token
             return "stop"
@@ -377,8 +381,8 @@ class Scheduler:
             drafter.pace.record(len(parts), steps, tokens, time.perf_counter() - began)
 
     def _room(self, request: Request) -> int:
-        """Drafts that may follow a sequence's last known token; none before its first sampled one."""
-        if not request.logprobs or request.computed != len(request.ids) - 1:
+        """Drafts that may follow a sequence's last known token; none before its first sampled one, nor with a guide."""
+        if not request.logprobs or request.computed != len(request.ids) - 1 or request.guide:
             return 0
         left = request.params.max_new_tokens - len(request.logprobs)
         return min(left, self.max_len - len(request.ids)) - 1

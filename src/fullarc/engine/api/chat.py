@@ -4,7 +4,7 @@ Streamed, reasoning and content are sent as they grow and tool calls whole at th
 add up to the message that the same request gets without streaming.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -12,7 +12,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.chat.openai import BadRequest, dump, flag, message_json, read_messages, read_tools
+from fullarc.chat.forced import CallGuide
+from fullarc.chat.openai import (
+    BadRequest,
+    dump,
+    flag,
+    message_json,
+    read_messages,
+    read_tool_choice,
+    read_tools,
+)
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
@@ -37,7 +46,8 @@ class ChatBody(OpenAISampling, ExpertsBody):
     messages: list[Any] | None = None
     input_ids: Ids | None = Field(None, description="the prompt as ids, instead of rendering the messages")
     tools: list[Any] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(None, strict=True, ge=0)
     logprobs: bool | Annotated[int, Field(ge=0)] | None = None
     top_logprobs: Count | None = None
@@ -66,6 +76,7 @@ class Conversation:
         self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
         clear_thinking: bool, sampling: OpenAISampling, max_tokens: int | None, top: int = 0,
         ids: list[int] | None = None, choices: Callable[[], Choices | None] = lambda: None,
+        forced: Sequence[str] | None = None, several: bool = True,
     ) -> None:  # fmt: skip
         self.tok: Tokenizer = service.text
         self.tools, self.thinking = tools, thinking
@@ -84,7 +95,21 @@ class Conversation:
         if self.wire.n > service.scheduler.max_queue:
             raise QueueFullError(f"{self.wire.n} samples do not fit the queue.")
         names = [f"{self.name}-{index}" for index in range(self.wire.n)]
-        self.requests = build(service, ids, self.wire, names, top=top, choices=choices)
+        self.requests = build(
+            service,
+            ids,
+            self.wire,
+            names,
+            top=top,
+            choices=choices,
+            guide=lambda: self._guide(forced, several),
+        )
+
+    def _guide(self, forced: Sequence[str] | None, several: bool) -> CallGuide | None:
+        """What holds the reply to a call of one of the `forced` functions, or to one call if not `several`."""
+        if forced is None and (several or not self.tools):
+            return None
+        return CallGuide(self.tok, self.tools or (), forced, self.thinking, several)
 
     def read(self, index: int) -> Turn:
         """What a finished sample says."""
@@ -146,6 +171,7 @@ class Chat:
         kwargs = body.chat_template_kwargs or {}
         messages = [] if body.input_ids is not None and not body.messages else read_messages(body.messages)
         tools = None if body.tool_choice == "none" else read_tools(body.tools)
+        forced = read_tool_choice(body.tool_choice, tools)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("'top_logprobs' needs 'logprobs'.", "top_logprobs")
@@ -154,6 +180,7 @@ class Chat:
             self.service, messages, tools, thinking, flag(kwargs, "clear_thinking", False),
             body.model_copy(update={"max_tokens": limit}), None, body.top_logprobs or 0, body.input_ids,
             collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None),
+            forced, several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, dict),
         )  # fmt: skip
         if body.stream:
             watch = await self.service.submit(conversation.requests, each_token=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fullarc.engine.api.service import Service
+from fullarc.engine.guide import Guide
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import MAX_LOGPROB_IDS, MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
 from fullarc.engine.stops import MAX_STRINGS, StopStrings, StopWatch
@@ -136,8 +137,12 @@ def build(
     logprob_ids: Sequence[int] = (),
     wants_hidden: bool = False,
     choices: Callable[[], Choices | None] = lambda: None,
+    guide: Callable[[], Guide | None] = lambda: None,
 ) -> list[Request]:
-    """The `wire.n` samples of one prompt as requests named `rids`. Raises RequestError for impossible values."""
+    """The `wire.n` samples of one prompt as requests named `rids`, each with choices and a guide of its own.
+
+    Raises RequestError for impossible values.
+    """
     scheduler, stops, strings = service.scheduler, set(wire.stop_token_ids or ()), None
     if not wire.ignore_eos:
         stops |= set(scheduler.core.weights.config.eos_token_id)
@@ -145,6 +150,8 @@ def build(
     if room is None:
         room = max(scheduler.max_len - len(prompt), 1)
     bias = wire.logit_bias or {}
+    if bias and guide():
+        raise RequestError("logit_bias and a forced tool_choice contradict each other.", "Leave one of them.")
     try:
         if wire.stop_strings:
             if service.tok is None:
@@ -164,7 +171,13 @@ def build(
                 logit_bias=tuple((token, value) for token, value in bias.items() if not value <= -100),
             )  # fmt: skip
             request = Request(
-                rid, list(prompt), params, score_from, wants_hidden=wants_hidden, choices=choices()
+                rid,
+                list(prompt),
+                params,
+                score_from,
+                wants_hidden=wants_hidden,
+                choices=choices(),
+                guide=guide(),
             )
             if strings:
                 request.stops = StopWatch(strings, token_bytes)

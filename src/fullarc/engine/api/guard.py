@@ -16,20 +16,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fullarc.chat.openai import BadRequest, dump, error_body
+from fullarc.chat.errors import OPEN_PATHS, error_object
+from fullarc.chat.openai import BadRequest, dump
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.fields import explain
 from fullarc.engine.request import QueueFullError
 
 T = TypeVar("T", bound=BaseModel)
 MAX_BODY = 64 * 2**20
-OPEN_PATHS = ("/", "/health", "/ping", "/liveness", "/ready")
-_KINDS = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-}
 
 
 @dataclass(frozen=True)
@@ -96,10 +90,7 @@ def _answering(
 
 def error_answer(path: str, status: int, message: str, param: str | None = None) -> Response:
     """An error in the form that the clients of `path` read."""
-    kind = _KINDS.get(status, "invalid_request_error")
-    if path.startswith("/v1/messages"):
-        return answer({"type": "error", "error": {"type": kind, "message": message}}, status)
-    return answer(error_body(message, param, str(status), kind), status)
+    return answer(error_object(path, status, message, param), status)
 
 
 async def http_error(http: HttpRequest, error: Exception) -> Response:
