@@ -210,17 +210,76 @@ def test_serve_answers_and_ends_cleanly(run_dir: Path, url: str, how: int) -> No
     assert process.wait(10) == 0
 
 
-@pytest.mark.slow
-def test_serve_starts_a_real_engine_and_reports_its_death(tmp_path: Path, tok: Tokenizer) -> None:
+def save(folder: Path, tok: Tokenizer, positions: int = 256) -> Path:
+    """A nano model of random weights."""
     pytest.importorskip("torch")
     from fullarc.config.model import preset
     from fullarc.model import GlmMoeDsa, save_model
 
     size = preset("nano", vocab_size=tok.vocab_size, eos_token_id=tok.stop_ids, pad_token_id=tok.stop_ids[0],
-                  max_position_embeddings=256, index_topk=256)  # fmt: skip
-    tok.save(tmp_path / "tok")
-    save_model(GlmMoeDsa(size).init_weights(0), tmp_path / "m", tokenizer_dir=tmp_path / "tok")
-    process, base = start(str(tmp_path / "m"))
+                  max_position_embeddings=positions, index_topk=64)  # fmt: skip
+    tok.save(folder / "tok")
+    save_model(GlmMoeDsa(size).init_weights(0), folder / "m", tokenizer_dir=folder / "tok")
+    return folder / "m"
+
+
+@pytest.mark.slow
+def test_serve_is_one_server_for_every_client(tmp_path: Path, tok: Tokenizer) -> None:
+    """The engine's routes, both chats, what only the engine can (stops, forced tools), and recorded sessions."""
+    options = ("--dtype", "bf16", "--max-batch", "3", "--speculative-num-steps", "2", "--weight-version", "7")
+    process, base = start(str(save(tmp_path, tok, 1024)), "--api-key", "k", "--max-len", "900", *options)
+    try:
+        root, auth = base.removesuffix("/v1"), {"authorization": "Bearer k"}
+        with httpx.Client(base_url=root, headers=auth, timeout=60, trust_env=False) as web:
+            assert "<!doctype html>" in httpx.get(root + "/", trust_env=False).text
+            assert httpx.get(root + "/server_info", trust_env=False).status_code == 401
+            info = web.get("/server_info").json()
+            assert (info["max_running_requests"], info["context_length"], info["weight_version"]) == (3, 900, "7")
+            assert info["dtype"] == "bf16" and info["speculative_num_steps"] == 2
+            ask = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}, "return_routed_experts": True}
+            assert web.post("/generate", json=ask).json()["meta_info"]["routed_experts"]
+            assert "sglang:prompt_tokens_total 3" in web.get("/metrics").text
+            assert web.post("/update_weight_version", json={"new_version": "8"}).status_code == 200
+        gpt = openai.OpenAI(base_url=base, api_key="k", max_retries=0)
+        claude = anthropic.Anthropic(base_url=root, api_key="k", max_retries=0)
+        hello: list[Any] = [{"role": "user", "content": "hi"}]
+        text = gpt.chat.completions.create(model="m", messages=hello, max_tokens=20, seed=1, logprobs=True).choices[0]
+        middle = text.logprobs.content[4].token
+        stopped = gpt.chat.completions.create(model="m", messages=hello, max_tokens=20, seed=1, stop=[middle]).choices[0]
+        assert stopped.finish_reason == "stop" and text.finish_reason == "length"
+        tool: Any = {"name": "f", "input_schema": {"type": "object", "required": ["n"],
+                                                   "properties": {"n": {"type": "integer"}}}}  # fmt: skip
+        forced = claude.messages.create(
+            model="m", max_tokens=200, messages=hello, tools=[tool], tool_choice={"type": "any"},
+            thinking={"type": "disabled"},
+        )  # fmt: skip
+        assert forced.content[0].name == "f" and isinstance(forced.content[0].input["n"], int)
+        session = {"X-Session-ID": "s"}
+        first = claude.messages.create(model="m", max_tokens=9, messages=hello, extra_headers=session)
+        record = httpx.get(f"{root}/sessions/s/trajectory", headers=auth, trust_env=False).json()
+        assert len(record["steps"][1]["metrics"]["completion_token_ids"]) == first.usage.output_tokens == 9
+        chunks = gpt.chat.completions.create(model="m", messages=hello, max_tokens=9, seed=1, stream=True)
+        assert list(chunks)[-1].choices[0].finish_reason
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_serve_says_what_is_wrong_with_the_engines_options(tmp_path: Path, tok: Tokenizer, run_dir: Path) -> None:
+    for argv, says in (
+        ([str(save(tmp_path, tok)), "--dtype", "int3"], "invalid choice: 'int3'"),
+        ([str(run_dir), "--engine", "http://127.0.0.1:1", "--dtype", "bf16"], "--dtype is for an engine that"),
+    ):
+        command = [sys.executable, "-m", "fullarc.cli", "serve", "--port", "0", *argv]
+        env = {**os.environ, "PYTHONPATH": "src"}
+        told = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+        assert told.returncode in (2, 3) and says in told.stderr and "Traceback" not in told.stderr
+
+
+@pytest.mark.slow
+def test_serve_starts_a_real_engine_and_reports_its_death(tmp_path: Path, tok: Tokenizer) -> None:
+    process, base = start(str(save(tmp_path, tok)))
     client = openai.OpenAI(base_url=base, api_key="any", max_retries=0)
     ask: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
     whole = client.chat.completions.create(**ask, seed=3, extra_body={"return_token_ids": True}).choices[0]

@@ -35,6 +35,12 @@ def read_thinking(thinking: Any) -> bool:
     return bool(kind != "disabled")
 
 
+def refuse_format(output_config: Any) -> None:
+    """Raise BadRequest where `output_config` asks for a form of the output; its other fields only ask for effort."""
+    if not isinstance(output_config, dict | None) or (output_config or {}).get("format"):
+        raise BadRequest("output_config.format is not supported.", "output_config")
+
+
 def read_tool_use(tools: Any, choice: Any) -> ToolUse:
     """`tools` and `tool_choice`."""
     kind = (choice or {}).get("type", "auto") if isinstance(choice, dict | None) else None

@@ -29,6 +29,7 @@ from starlette.responses import Response
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.anthropic import Anthropic
 from fullarc.engine.api.chat import Chat
+from fullarc.engine.api.choices import Form
 from fullarc.engine.api.completions import Completions
 from fullarc.engine.api.control import Control
 from fullarc.engine.api.guard import Endpoint, KeyCheck, answer, http_error, openapi
@@ -52,9 +53,14 @@ class Server:
     """The endpoints around one engine. `app` is the ASGI application."""
 
     def __init__(
-        self, engine: Engine, model_path: str | Path, api_key: str | None = None, seed: int = 0
+        self,
+        engine: Engine,
+        model_path: str | Path,
+        api_key: str | None = None,
+        seed: int = 0,
+        experts: Form | None = None,
     ) -> None:
-        self.service = Service(engine, model_path, seed=seed)
+        self.service = Service(engine, model_path, seed=seed, experts=experts)
         updates = Updates(self.service)
         plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Page)
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
@@ -130,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--speculative-use-rejection-sampling", action="store_true", help="accept more drafts when sampling"
     )
+    parser.add_argument(
+        "--enable-return-routed-experts",
+        nargs="?",
+        const="npy",
+        choices=("npy", "compact"),
+        help="tell routed experts on vLLM's routes by default, as .npy or (prime-rl) compact",
+    )
     parser.add_argument("--detach", action="store_true", help="go on when the parent process has died")
     return parser
 
@@ -167,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
     port = listener.getsockname()[1]
     config = uvicorn.Config(
-        Server(engine, args.model, args.api_key).app, log_level="warning", access_log=False
+        Server(engine, args.model, args.api_key, experts=args.enable_return_routed_experts).app,
+        log_level="warning",
+        access_log=False,
     )
     server = _Announcing(config)
     server.announcement = {"url": f"http://{args.host}:{port}", "port": port, "pid": os.getpid()}

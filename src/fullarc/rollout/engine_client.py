@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -241,6 +242,13 @@ class EngineClient:
     async def resume(self) -> None:
         """Go on after `pause`."""
         await self._post("/continue_generation", {})
+
+    def open(
+        self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: AsyncIterator[bytes] | None
+    ) -> AbstractAsyncContextManager[httpx.Response]:
+        """Any request, as it is, and its answer while it comes. Raises httpx.HTTPError."""
+        timeout = httpx.Timeout(None, connect=5.0)
+        return self._http.stream(method, path, headers=headers, content=content, timeout=timeout)
 
     async def health(self) -> bool:
         """True when the engine answers GET /health with 200; never raises EngineError."""

@@ -1,22 +1,25 @@
-"""The gateway: agents speak OpenAI Chat Completions to it, it speaks token ids to the engine (GLM-5 4.1, TITO).
+"""The gateway: agents speak OpenAI's or Anthropic's chat to it, it speaks token ids to the engine (GLM-5 4.1, TITO).
 
 A request with the header `X-Session-ID` continues that session's token tree (`sessions`): the engine is served the
 recorded ids plus the new messages' ids, never a re-rendered history, and what it samples is recorded with log-probs
 and weight versions for training. Without the header the request stands alone and nothing is kept.
 
-    POST /v1/chat/completions   GET /v1/models   GET /health
+    POST /v1/chat/completions   POST /v1/messages   POST /v1/messages/count_tokens   GET /v1/models   GET /health
     GET /sessions/{id}/trajectory   DELETE /sessions/{id}
 
-Without an API key only loopback clients are answered. A bad request is a 4xx with OpenAI's error object; 5xx means
-that the engine failed.
+With `passes` the engine's other routes are served too (`passing`), and with "all" also chats that stand alone are the
+engine's: our own engine does more of both dialects than is recorded here, such as stop strings and forced tools.
+Without an API key only loopback clients are answered. A bad request is a 4xx with the error object of its dialect; 5xx
+means that the engine failed.
 """
 
 import hmac
 import ipaddress
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -27,11 +30,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fullarc.chat import Message, Tokenizer, render, render_delta
-from fullarc.chat.openai import BadRequest, dump, error_body, message_json
+from fullarc.chat.errors import OPEN_PATHS, error_object
+from fullarc.chat.openai import BadRequest, dump
 from fullarc.chat.render import Tools
 from fullarc.config.seeds import derive
-from fullarc.rollout import wire
+from fullarc.rollout import messages, wire
 from fullarc.rollout.engine_client import Completion, EngineClient, EngineError, Sampling
+from fullarc.rollout.passing import Passing
 from fullarc.rollout.sessions import Plan, Session
 from fullarc.rollout.streaming import Stream
 from fullarc.rollout.trajectory import EpisodeKey, Outcome, Trajectory
@@ -40,6 +45,20 @@ from fullarc.rollout.wire import ChatRequest, Reply
 SESSION_HEADER = "X-Session-ID"
 MAX_BODY = 16 << 20
 _STATUS = {"unreachable": 503, "busy": 503, "timeout": 504, "rejected": 400, "failed": 502, "protocol": 502}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a chat route reads its requests, and writes replies that are finished or still being sampled."""
+
+    read: Callable[[Any], ChatRequest]
+    whole: Callable[[Tokenizer, ChatRequest, Plan, list[Reply], str, str], dict[str, Any]]
+    stream: type[Stream] | type[messages.MessageStream]
+    prefix: str
+
+
+OPENAI = Dialect(wire.read_request, wire.completion_json, Stream, "chatcmpl-")
+ANTHROPIC = Dialect(messages.read_request, messages.reply_json, messages.MessageStream, "msg_")
 
 
 class ChatRenderer:
@@ -68,6 +87,7 @@ class Gateway:
         default_max_tokens: for requests that give no limit.
         api_key: required as a bearer token if set; otherwise only loopback clients are answered.
         max_sessions: open sessions kept at most; beyond it new ones get 429 until some are deleted.
+        passes: what is handed on to the engine: nothing, its other "routes", or "all" that is not recorded.
     """
 
     def __init__(
@@ -79,6 +99,7 @@ class Gateway:
         default_max_tokens: int = 256,
         api_key: str | None = None,
         max_sessions: int = 4096,
+        passes: Literal["", "routes", "all"] = "",
     ) -> None:
         self.engine = engine
         self.tok = tok
@@ -89,13 +110,19 @@ class Gateway:
         self.sessions: dict[str, Session] = {}
         self._renderer = ChatRenderer(tok)
         self._numbers = itertools.count()
+        passing = Passing(engine, keyed=api_key is not None) if passes else None
+        self._alone = passing if passes == "all" else None
         routes = [
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/chat/completions", self._openai, methods=["POST"]),
+            Route("/v1/messages", self._anthropic, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/health", self._health),
             Route("/sessions/{session}/trajectory", self._trajectory),
             Route("/sessions/{session}", self._delete, methods=["DELETE"]),
         ]
+        if passing:
+            routes.append(Route("/{path:path}", passing))
         handlers: dict[Any, Any] = {
             HTTPException: _http_error,
             BadRequest: _bad_request,
@@ -103,9 +130,17 @@ class Gateway:
         }
         self.app: ASGIApp = _Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
 
-    async def _chat(self, http: Request) -> Response:
-        request = wire.read_request(await _json_body(http))
+    async def _openai(self, http: Request) -> ASGIApp:
+        return await self._chat(http, OPENAI)
+
+    async def _anthropic(self, http: Request) -> ASGIApp:
+        return await self._chat(http, ANTHROPIC)
+
+    async def _chat(self, http: Request, dialect: Dialect) -> ASGIApp:
         session_id = _session_id(http)
+        if session_id is None and self._alone:
+            return self._alone
+        request = dialect.read(await _json_body(http))
         session = self._session(session_id)
         plan = session.plan(request.incoming, request.tools, request.thinking)
         if len(plan.prompt_ids) >= self.max_len:
@@ -118,12 +153,23 @@ class Gateway:
             self.sessions[session_id] = session
         node = session.open(plan, request.tools)
         number = next(self._numbers)
+        name = f"{dialect.prefix}{number}"
         if request.stream:
-            chunks = self._stream(request, plan, session, session_id, node, number)
+            stream = dialect.stream(self.tok, request, plan, name, self.model)
+            chunks = self._stream(stream, request, plan, session, session_id, node, number)
             return StreamingResponse(chunks, media_type="text/event-stream")
         completions = await self._sample(request, plan, session_id)
         replies = [self._record(request, session, session_id, node, number, c) for c in completions]
-        return _reply(self._completion_json(request, plan, replies, number))
+        return _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
+
+    async def _count(self, http: Request) -> ASGIApp:
+        session_id = _session_id(http)
+        if session_id is None and self._alone:
+            return self._alone
+        body = await _json_body(http)
+        request = messages.read_request({"max_tokens": 1} | body if isinstance(body, dict) else body)
+        plan = self._session(session_id).plan(request.incoming, request.tools, request.thinking)
+        return _reply({"input_tokens": len(plan.prompt_ids)})
 
     def _session(self, session_id: str | None) -> Session:
         if session_id is None:
@@ -166,35 +212,9 @@ class Gateway:
         session.record(node, done, reply.message, reply.finish, reply.format_errors)
         return reply
 
-    def _completion_json(
-        self, request: ChatRequest, plan: Plan, replies: list[Reply], number: int
-    ) -> dict[str, Any]:
-        choices = []
-        for index, reply in enumerate(replies):
-            choice = {
-                "index": index,
-                "message": message_json(reply.message),
-                "finish_reason": reply.finish,
-                "logprobs": wire.logprobs_json(self.tok, reply.completion) if request.logprobs else None,
-                "format_errors": reply.format_errors,
-            }
-            if request.return_token_ids:
-                choice["token_ids"] = reply.completion.token_ids
-            choices.append(choice)
-        body = {
-            "id": f"chatcmpl-{number}",
-            "object": "chat.completion",
-            "created": 0,
-            "model": self.model,
-            "choices": choices,
-            "usage": wire.usage_json(len(plan.prompt_ids), [r.completion for r in replies]),
-        }
-        if request.return_token_ids:
-            body["prompt_token_ids"] = plan.prompt_ids
-        return body
-
     async def _stream(
         self,
+        stream: Stream | messages.MessageStream,
         request: ChatRequest,
         plan: Plan,
         session: Session,
@@ -202,7 +222,6 @@ class Gateway:
         node: int,
         number: int,
     ) -> AsyncIterator[bytes]:
-        stream = Stream(self.tok, request, plan, f"chatcmpl-{number}", self.model)
         yield stream.start()
         sampling = self._sampling(request, plan, 0)
         done = Completion([], [], [], "abort")
@@ -271,16 +290,17 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (problem := self._problem(scope)):
-            response = _reply(error_body(problem, code="unauthorized", kind="authentication_error"), 401)
+            response = _reply(error_object(scope["path"], 401, problem, code="unauthorized"), 401)
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _problem(self, scope: Scope) -> str:
         if self.api_key is not None:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            good = hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
-            return "" if good else "A valid API key is required as a bearer token."
+            headers = dict(scope["headers"])
+            given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            good = scope["path"] in OPEN_PATHS or hmac.compare_digest(given, self.api_key.encode())
+            return "" if good else "A valid API key is required, as a bearer token or as x-api-key."
         client = scope.get("client")
         local = client is None or client[0] == "localhost" or _is_loopback(client[0])
         return "" if local else "Only this machine is answered; start the server with an API key to open it."
@@ -325,13 +345,15 @@ def _reply(body: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _http_error(http: Request, error: HTTPException) -> Response:
-    return _reply(error_body(error.detail), error.status_code)
+    return _reply(error_object(http.url.path, error.status_code, error.detail), error.status_code)
 
 
 async def _bad_request(http: Request, error: BadRequest) -> Response:
-    return _reply(error.body, error.status)
+    told = error.body["error"]
+    body = error_object(http.url.path, error.status, str(error), told["param"], told["code"], told["type"])
+    return _reply(body, error.status)
 
 
 async def _engine_error(http: Request, error: EngineError) -> Response:
-    body = error_body(str(error), code=f"engine_{error.kind}", kind="engine_error")
+    body = error_object(http.url.path, 500, str(error), code=f"engine_{error.kind}", kind="engine_error")
     return _reply(body, _STATUS[error.kind])

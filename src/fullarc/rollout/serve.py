@@ -1,6 +1,7 @@
-"""`fullarc serve`: a checkpoint behind an OpenAI-speaking gateway, and the pieces to start one from Python.
+"""`fullarc serve`: a checkpoint behind the gateway, and the pieces to start one from Python.
 
-The engine is a child process on a free loopback port (it leaves when its parent does); the gateway runs here.
+The engine is a child process on a free loopback port (it leaves when its parent does); the gateway runs here, records
+sessions and hands everything else on to the engine: its chat page, chats that stand alone, SGLang's and vLLM's routes.
 Everything listens on loopback unless an API key is set.
 """
 
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -33,6 +34,17 @@ START_S = 120.0
 STOP_S = 10.0
 MAX_LEN = 4096
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# options of `python -m fullarc.engine.server` that are ours too, with what they take
+ENGINE_OPTIONS: tuple[tuple[str, str, str], ...] = (
+    ("--dtype", "fp32|bf16|fp8", "what the engine computes in"),
+    ("--threads", "N", "torch threads; default 1"),
+    ("--max-batch", "N", "sequences decoded together; default 16"),
+    ("--max-queue", "N", "waiting requests before 429"),
+    ("--weight-version", "NAME", "what the weights are called"),
+    ("--speculative-num-steps", "N", "tokens that the MTP layer drafts ahead, at most 4"),
+    ("--speculative-use-rejection-sampling", "", "accept more drafts when sampling"),
+    ("--enable-return-routed-experts", "npy|compact", "tell routed experts on vLLM's routes by default"),
+)
 
 
 def resolve_model(path: Path | str | None) -> Path:
@@ -77,10 +89,12 @@ class EngineProcess:
     Raises FullarcError with the engine's own words if it does not come up within `START_S` seconds.
     """
 
-    def __init__(self, model: Path, max_len: int, max_batch: int = 16, threads: int = 1) -> None:
+    def __init__(
+        self, model: Path, max_len: int, max_batch: int = 16, threads: int = 1, options: Sequence[str] = ()
+    ) -> None:
         self.command = [
             sys.executable, "-m", "fullarc.engine.server", "--model", str(model), "--port", "0",
-            "--max-len", str(max_len), "--max-batch", str(max_batch), "--threads", str(threads),
+            "--max-len", str(max_len), "--max-batch", str(max_batch), "--threads", str(threads), *options,
         ]  # fmt: skip
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self._process: subprocess.Popen[bytes] | None = None
@@ -156,7 +170,11 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_gateway(
-    model: Path, engine: "EngineProcess | str | None" = None, max_len: int = 0, api_key: str | None = None
+    model: Path,
+    engine: "EngineProcess | str | None" = None,
+    max_len: int = 0,
+    api_key: str | None = None,
+    passes: Literal["", "routes", "all"] = "",
 ) -> Iterator[Gateway]:
     """A gateway for a checkpoint folder, before the engine at a URL or one started (and stopped) here."""
     tok = Tokenizer.load(model)
@@ -165,7 +183,7 @@ def local_gateway(
     engine = engine or EngineProcess(model, max_len)
     with contextlib.ExitStack() as stack:
         url = engine if isinstance(engine, str) else stack.enter_context(engine)
-        yield Gateway(EngineClient(url), tok, model=name, max_len=max_len, api_key=api_key)
+        yield Gateway(EngineClient(url), tok, model=name, max_len=max_len, api_key=api_key, passes=passes)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -180,7 +198,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str]) -> int:
     """`fullarc serve`. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="fullarc serve", description="Serve a checkpoint to OpenAI clients."
+        prog="fullarc serve", description="Serve a checkpoint to OpenAI, Anthropic, SGLang and vLLM clients."
     )
     parser.add_argument("model", nargs="?", type=Path, metavar="RUN_OR_DIR", help="default: the newest run")
     parser.add_argument("--host", default="127.0.0.1", help="other than loopback only with --api-key")
@@ -190,7 +208,16 @@ def main(argv: Sequence[str]) -> int:
         "--max-len", type=int, default=0, help="tokens per sequence; default: what the model allows"
     )
     parser.add_argument("--engine", default="", metavar="URL", help="a running engine instead of our own")
+    own = parser.add_argument_group("of the engine that is started")
+    for name, takes, says in ENGINE_OPTIONS:
+        if takes:
+            own.add_argument(name, metavar=takes, help=says)
+        else:
+            own.add_argument(name, action="store_true", help=says)
     args = parser.parse_args(argv)
+    options = _engine_options(args)
+    if args.engine and options:
+        raise UsageError(f"{options[0]} is for an engine that is started here.", "Leave out --engine.")
     if args.host not in LOOPBACK and not args.api_key:
         raise UsageError(
             f"Refusing to listen on {args.host} without a key.", "Give --api-key, or use loopback."
@@ -198,15 +225,18 @@ def main(argv: Sequence[str]) -> int:
     model = resolve_model(args.model)
     listener = _listen(args.host, args.port)
     max_len = args.max_len or context_length(model)
-    engine = None if args.engine else EngineProcess(model, max_len)
+    engine = None if args.engine else EngineProcess(model, max_len, options=options)
+    passes: Literal["routes", "all"] = "all" if engine else "routes"  # others' engines may chat otherwise
     print(f"Starting the engine for {model} …", file=sys.stderr)
-    with listener, local_gateway(model, engine or args.engine, max_len, args.api_key) as gateway:
+    with listener, local_gateway(model, engine or args.engine, max_len, args.api_key, passes) as gateway:
         server = uvicorn.Server(uvicorn.Config(gateway.app, log_level="warning", lifespan="off"))
         if engine:
             threading.Thread(target=_stop_with, args=(engine, server), daemon=True).start()
-        at = f"http://{args.host}:{listener.getsockname()[1]}/v1"
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        at = f"http://{host}:{listener.getsockname()[1]}"
         print(
-            f"{gateway.model} answers OpenAI clients at {at} ({max_len} tokens). Stop it with Ctrl-C.",
+            f"{gateway.model} ({max_len} tokens) answers OpenAI clients at {at}/v1, Anthropic's, SGLang's and vLLM's "
+            f"at {at}, and you at {at}/ in a browser. Stop it with Ctrl-C.",
             flush=True,
         )
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -215,6 +245,16 @@ def main(argv: Sequence[str]) -> int:
         if engine and engine.dead():
             raise FullarcError(f"The engine ended: {engine.words() or 'it said nothing'}", "Start again.")
     return 0
+
+
+def _engine_options(args: argparse.Namespace) -> list[str]:
+    """The command line's options that are the engine's, as they are handed on."""
+    given = (
+        (name, getattr(args, name.removeprefix("--").replace("-", "_"))) for name, _, _ in ENGINE_OPTIONS
+    )
+    return [
+        part for name, value in given if value for part in ([name] if value is True else [name, str(value)])
+    ]
 
 
 def _stop_with(engine: EngineProcess, server: uvicorn.Server) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullarc.chat import Message, Tokenizer
-from fullarc.chat.openai import BadRequest, flag, number, read_messages, read_tools
+from fullarc.chat.openai import BadRequest, flag, message_json, number, read_messages, read_tools
 from fullarc.chat.render import Tools
 from fullarc.chat.turns import read_turn
 from fullarc.rollout.engine_client import Completion
-from fullarc.rollout.sessions import Incoming
+from fullarc.rollout.sessions import Incoming, Plan
 
 SEED_MASK = 2**63 - 1
 # Parameters that would change sampling and that we do not have, with the values that ask for nothing.
@@ -114,6 +114,35 @@ def read_completion(
     """Parse what was sampled. A malformed tool call makes the whole reply plain content with a format error."""
     turn = read_turn(tok, completion.token_ids, thinking, tools, call_prefix)
     return Reply(turn.message, turn.finish, turn.format_errors, completion)
+
+
+def completion_json(
+    tok: Tokenizer, request: ChatRequest, plan: Plan, replies: Sequence[Reply], name: str, model: str
+) -> dict[str, Any]:
+    """The finished replies."""
+    choices = []
+    for index, reply in enumerate(replies):
+        choice = {
+            "index": index,
+            "message": message_json(reply.message),
+            "finish_reason": reply.finish,
+            "logprobs": logprobs_json(tok, reply.completion) if request.logprobs else None,
+            "format_errors": reply.format_errors,
+        }
+        if request.return_token_ids:
+            choice["token_ids"] = reply.completion.token_ids
+        choices.append(choice)
+    body = {
+        "id": name,
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": choices,
+        "usage": usage_json(len(plan.prompt_ids), [r.completion for r in replies]),
+    }
+    if request.return_token_ids:
+        body["prompt_token_ids"] = plan.prompt_ids
+    return body
 
 
 def logprobs_json(tok: Tokenizer, completion: Completion) -> dict[str, Any]:

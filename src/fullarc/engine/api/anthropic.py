@@ -31,6 +31,7 @@ class CountBody(BaseModel):
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
 
 
 class MessagesBody(CountBody):
@@ -77,6 +78,7 @@ class Anthropic:
             max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
             stop=body.stop_sequences, seed=body.seed,
         )  # fmt: skip
+        dialect.refuse_format(body.output_config)
         use = dialect.read_tool_use(body.tools, body.tool_choice)
         conversation = Conversation(
             self.service,
