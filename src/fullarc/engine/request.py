@@ -27,6 +27,7 @@ class Request:
         score_from: first prompt position whose token gets an input log-prob; -1 = none.
         stops: what looks for stop strings, if there are any.
         top_logprobs, ids_logprobs: the likeliest tokens, and those asked for, at each output token.
+        supports: the tokens that could be drawn at each output token, with the log-probs of that, where asked for.
         input_top_logprobs, input_ids_logprobs: the same at each scored prompt token.
         guide: decides what may be sampled next, where the output must follow a form.
         choices: collects the experts and keys that were chosen, where they are asked for.
@@ -50,6 +51,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
     ids_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
+    supports: list[list[tuple[float, int]]] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
     input_top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
     input_ids_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Request:
     finish: str = ""
     matched: int | str | None = None
     cached_tokens: int = 0
+    retractions: int = 0
     weight_version: str = ""
     arrived: float = 0.0
     first_token: float = 0.0

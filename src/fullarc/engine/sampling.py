@@ -51,6 +51,7 @@ class SamplingParams:
         seed: of the request's own random stream.
         frequency_penalty, presence_penalty, repetition_penalty, logit_bias: see `penalties`; neutral by default.
         logprob_ids: tokens whose log-probs are told at each step, whether they are sampled or not.
+        support: whether the tokens that could be drawn are told at each step.
     """
 
     max_new_tokens: int = 128
@@ -68,6 +69,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprob_ids: tuple[int, ...] = ()
+    support: bool = False
 
     def __post_init__(self) -> None:
         def need(condition: bool, message: str) -> None:
@@ -284,6 +286,25 @@ def chosen_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list
         list(zip(logp_V[list(p.logprob_ids)].tolist(), p.logprob_ids, strict=True))
         for logp_V, p in zip(logp_NV, params, strict=True)
     ]
+
+
+@torch.inference_mode()
+def supports(steered_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[tuple[float, int]]]:
+    """(log-prob, id) of every token that could be drawn, in order of ids, for rows that ask for it: what penalties,
+    forbidden tokens and truncation leave, and the log-probs with which it is drawn. With temperature 0 the argmax
+    alone.
+    """
+    chances_NV, logits_NV = _chances(steered_NV, _logprobs(steered_NV, params), params)
+    best_N, rows = argmax(logits_NV).tolist(), list[list[tuple[float, int]]]()
+    for row, p in enumerate(params):
+        if not p.support:
+            rows.append([])
+        elif p.temperature == 0 or chances_NV is None:
+            rows.append([(0.0, best_N[row])])
+        else:
+            ids = chances_NV[row].nonzero()[:, 0]
+            rows.append(list(zip(chances_NV[row][ids].log().tolist(), ids.tolist(), strict=True)))
+    return rows
 
 
 def _logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -25,7 +25,7 @@ from fullarc.engine.draft import Drafter, Progress
 from fullarc.engine.guide import guided
 from fullarc.engine.penalties import penalised
 from fullarc.engine.request import Counters, QueueFullError, Request, RequestError
-from fullarc.engine.sampling import chosen_logprobs, sample, told_logprobs, top_logprobs
+from fullarc.engine.sampling import chosen_logprobs, sample, supports, told_logprobs, top_logprobs
 from fullarc.engine.trace import Trace
 
 SCORE_ROWS = 256
@@ -48,12 +48,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A token, its log-prob, and the likeliest and the asked-for tokens in its place."""
+    """A token, its log-prob, and of its place the likeliest tokens, those asked for, and those that could be drawn."""
 
     token: int
     logprob: float
     top: list[tuple[float, int]]
     told: list[tuple[float, int]]
+    support: list[tuple[float, int]]
 
 
 class Scheduler:
@@ -170,6 +171,7 @@ class Scheduler:
         for request in reversed(list(self.running.values())):
             self._release(request)
             request.computed, request.hidden, request.spec.rows = 0, None, 1
+            request.retractions += 1
             request.spec.drafts.clear()
             for told in (request.input_logprobs, request.input_top_logprobs, request.input_ids_logprobs):
                 told.clear()
@@ -199,7 +201,8 @@ class Scheduler:
             return
         began = time.perf_counter()
         self.counters.steps += 1
-        trace = self._trace(parts)
+        rows = parts[-1].row + len(parts[-1].chunk.ids)
+        trace = Trace.of(self.core.weights.config, rows, [part.request.choices for part in parts])
         hidden = self.core.forward([part.chunk for part in parts], trace)
         last, prefilled, ends = list[_Part](), list[Request](), list[tuple[Request, str]]()
         for part in parts:
@@ -277,15 +280,6 @@ class Scheduler:
                 row += len(ids)
         return parts
 
-    def _trace(self, parts: list[_Part]) -> Trace | None:
-        """What takes the step's choices, if a request asks for some."""
-        asked = [part.request.choices for part in parts if part.request.choices]
-        if not asked:
-            return None
-        rows = parts[-1].row + len(parts[-1].chunk.ids)
-        experts, keys = any(c.experts_from is not None for c in asked), any(c.keys for c in asked)
-        return Trace.of(self.core.weights.config, rows, experts, keys)
-
     def _sample(self, parts: list[_Part], hidden: torch.Tensor) -> list[tuple[Request, str]]:
         """Sample behind the last known token of each part and behind its drafts; returns who ends, and how."""
         rows, owners, ids = list[int](), list[Request](), list[list[int]]()
@@ -307,7 +301,10 @@ class Scheduler:
         nothing: list[list[tuple[float, int]]] = [[]] * len(rows)
         tops = top_logprobs(logits, params) if any(p.top_logprobs for p in params) else nothing
         told = chosen_logprobs(logits, params) if any(p.logprob_ids for p in params) else nothing
-        choices = iter([_Choice(*choice, *more) for choice, *more in zip(sampled, tops, told, strict=True)])
+        kept = supports(steered, params) if any(p.support for p in params) else nothing
+        choices = iter(
+            [_Choice(*choice, *more) for choice, *more in zip(sampled, tops, told, kept, strict=True)]
+        )
         return [
             (part.request, finish)
             for part in parts
@@ -340,6 +337,7 @@ class Scheduler:
         request.logprobs.append(choice.logprob)
         request.top_logprobs += [choice.top] if request.params.top_logprobs else []
         request.ids_logprobs += [choice.told] if request.params.logprob_ids else []
+        request.supports += [choice.support] if request.params.support else []
         count = len(request.logprobs)
         self.counters.generated_tokens += 1
         if request.versions and request.versions[-1][0] == version:

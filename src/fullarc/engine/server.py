@@ -35,12 +35,14 @@ from fullarc.engine.api.control import Control
 from fullarc.engine.api.guard import Endpoint, KeyCheck, answer, http_error, openapi
 from fullarc.engine.api.openai import Models
 from fullarc.engine.api.page import Page
+from fullarc.engine.api.parse import Parse
 from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
 from fullarc.engine.api.tito import Tito
 from fullarc.engine.api.transfer import Transfer
 from fullarc.engine.api.updates import Updates
+from fullarc.engine.api.upkeep import Upkeep
 from fullarc.engine.api.vllm import Vllm
 from fullarc.engine.engine import Engine
 from fullarc.engine.products import DTYPES
@@ -62,14 +64,10 @@ class Server:
     ) -> None:
         self.service = Service(engine, model_path, seed=seed, experts=experts)
         updates = Updates(self.service)
-        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Page)
+        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Parse, Page)
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
-        dialects = [
-            updates,
-            self.transfer,
-            Vllm(self.service, updates),
-            *(kind(self.service) for kind in plain),
-        ]
+        upkeep, vllm = Upkeep(self.service, updates), Vllm(self.service, updates)
+        dialects = [updates, self.transfer, upkeep, vllm, *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,6 +87,18 @@ class Staging:
         weights = prepare(model.eval(), version, self.dtype, self.kernels)
         self._next = self.folder, tensors
         return weights
+
+    def zeroed(self, skipped: Sequence[str], version: str) -> EngineWeights:
+        """The present weights with zeros in the place of every tensor whose name has no part of `skipped`."""
+        tensors = self._tensors or self._copy()
+        named = {n: t for n, t in tensors.items() if not any(part in n for part in skipped)}
+        return self.from_tensors({n: torch.zeros_like(t) for n, t in named.items()}, version)
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the bytes of every tensor of the present weights, by its on-disk name."""
+        tensors = self._tensors or self._copy()
+        flat = ((name, tensor.contiguous().view(-1).view(torch.uint8)) for name, tensor in tensors.items())
+        return {name: hashlib.sha256(data.numpy().tobytes()).hexdigest() for name, data in flat}
 
     def values(self, name: str, count: int) -> list[float]:
         """The first numbers of a tensor of the present weights, by its on-disk name. Raises FullarcError."""

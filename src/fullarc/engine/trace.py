@@ -10,6 +10,7 @@ uses. Invariant: rows are int32 and hold no more than what the layer computed wi
 Shape suffixes: N rows of a step, L layers, K experts of a token, S keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,12 @@ class Trace:
     keys_NLS: Tensor | None
 
     @classmethod
-    def of(cls, config: ModelConfig, rows: int, experts: bool, keys: bool) -> "Trace":
-        """An empty one for `rows` rows."""
+    def of(cls, config: ModelConfig, rows: int, asked: "Sequence[Choices | None]") -> "Trace | None":
+        """An empty one of `rows` rows for what some requests ask for; None if they ask for nothing."""
+        wanted = [choices for choices in asked if choices]
+        if not wanted:
+            return None
+        experts, keys = any(c.experts_from is not None for c in wanted), any(c.keys for c in wanted)
         shape = rows, config.num_hidden_layers
         return cls(
             torch.zeros(*shape, config.num_experts_per_tok, dtype=torch.int32) if experts else None,

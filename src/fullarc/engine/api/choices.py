@@ -1,4 +1,5 @@
-"""Routed experts and indexer sets of a finished request (see `trace`), as SGLang, vLLM and prime-rl write them.
+"""What was chosen, and what could have been, as SGLang, vLLM, prime-rl and slime write it: routed experts and indexer
+sets (see `trace`), and the tokens that truncation left to draw from.
 
 SGLang: base64 of int32 [rows, layers * k]. vLLM: base64 of an .npy file [rows, layers, k]. prime-rl ("compact"):
 base64 of the smallest unsigned integers that hold them, with their shape. Rows are the positions from the asked-for
@@ -19,6 +20,7 @@ from fullarc.engine.request import Request
 from fullarc.engine.trace import Choices
 
 Form = Literal["npy", "compact"]
+MaskMode = Literal["selected", "support"]
 
 
 class ExpertsBody(BaseModel):
@@ -67,6 +69,29 @@ def vllm_choices(request: Request, form: Form | None) -> dict[str, Any]:
     file = io.BytesIO()
     np.save(file, experts, allow_pickle=False)
     return {"routed_experts": _base64(file.getvalue())}
+
+
+def sglang_support(request: Request, count: int, mode: MaskMode) -> dict[str, Any]:
+    """The tokens that could be drawn at each of `count` output tokens, and the log-probs of the draw."""
+    rows = request.supports[:count]
+    output = request.ids[len(request.prompt) :]
+    if mode == "support":
+        values: list[Any] = [[value for value, _ in row] for row in rows]
+    else:
+        values = [
+            next((v for v, t in row if t == token), None) for row, token in zip(rows, output, strict=False)
+        ]
+    ids = [[token for _, token in row] for row in rows]
+    return {"output_token_sampling_mask": ids, "output_token_sampling_mask_length": len(ids),
+            "output_token_sampling_logprobs": values}  # fmt: skip
+
+
+def slime_support(request: Request) -> dict[str, Any]:
+    """The same ids as slime's SGLang tells them: one run of int32 and where each token's own begin."""
+    ids = [token for row in request.supports for _, token in row]
+    offsets = np.cumsum([0, *map(len, request.supports)], dtype=np.int32)
+    return {"top_p_token_ids": _base64(np.array(ids, np.int32).tobytes()),
+            "top_p_token_offsets": _base64(offsets.tobytes())}  # fmt: skip
 
 
 def _packed(rows: Tensor) -> str:

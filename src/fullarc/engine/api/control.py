@@ -1,6 +1,8 @@
 """SGLang's routes that steer and describe the engine: pause, continue, abort, flush, health, information, loads."""
 
+import importlib.metadata
 import time
+from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -143,6 +145,12 @@ class Control:
             "model_path": service.model_path,
             "served_model_name": service.name,
             "weight_version": s.version,
+            "dtype": s.core.weights.dtype,
+            "tp_size": 1,
+            "dp_size": 1,
+            "pp_size": 1,
+            "disaggregation_mode": "null",
+            "speculative_num_steps": s.drafter.steps if s.drafter else None,
             "max_running_requests": s.core.cache.slots,
             "max_queued_requests": s.max_queue,
             "max_total_num_tokens": s.core.cache.slots * s.max_len,
@@ -161,7 +169,9 @@ class Control:
         """How much runs and waits."""
         load = self._load() | {"dp_rank": 0}
         totals = {name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_total_tokens")}
-        return answer({"loads": [load], "aggregate": totals, **totals})
+        now = datetime.now(UTC).isoformat()
+        version = importlib.metadata.version("fullarc")
+        return answer({"timestamp": now, "version": version, "loads": [load], "aggregate": totals, **totals})
 
     async def get_load(self, _http: HttpRequest) -> Response:
         """The older form of /v1/loads."""

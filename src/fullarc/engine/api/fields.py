@@ -24,6 +24,13 @@ Stop = str | Annotated[list[str], Field(max_length=MAX_STRINGS)] | None
 AskedIds = Annotated[Ids, Field(max_length=MAX_LOGPROB_IDS)]
 
 
+class CustomParams(BaseModel):
+    """What slime adds to SGLang's `sampling_params`: ask for the tokens that top-p kept at each step."""
+
+    model_config = ConfigDict(extra="forbid")
+    return_top_p_token_ids: bool = False
+
+
 class SamplingBody(BaseModel):
     """`sampling_params` of POST /generate."""
 
@@ -48,12 +55,21 @@ class SamplingBody(BaseModel):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    stream_interval: int | None = None
+    custom_params: CustomParams | None = None
     # not implemented: only their neutral values are accepted
     json_schema: None = None
     regex: None = None
     ebnf: None = None
     structural_tag: None = None
-    custom_params: None = None
+    stop_regex: None = None
+    watermark: None = None
+    beam_width: Annotated[int, Field(le=1)] | None = None
+
+    @property
+    def top_p_ids(self) -> bool:
+        """Whether slime asks for the tokens that could be drawn."""
+        return self.custom_params is not None and self.custom_params.return_top_p_token_ids
 
     @property
     def stop_strings(self) -> list[str]:
@@ -97,6 +113,10 @@ class OpenAISampling(BaseModel):
     bad_words: Annotated[list[str], Field(max_length=0)] | None = None
     allowed_token_ids: None = None
     use_beam_search: Literal[False, None] = None
+    watermarking: Literal[False, None] = None
+    thinking_token_budget: None = None
+    repetition_detection: None = None
+    extra_args: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def native(self, default_max: int | None) -> SamplingBody:
         """The same in SGLang's names. Raises RequestError for a response format other than text."""
@@ -135,6 +155,7 @@ def build(
     score_from: int = -1,
     top: int = 0,
     logprob_ids: Sequence[int] = (),
+    support: bool = False,
     wants_hidden: bool = False,
     choices: Callable[[], Choices | None] = lambda: None,
     guide: Callable[[], Guide | None] = lambda: None,
@@ -167,7 +188,7 @@ def build(
                 forbidden=frozenset(token for token, value in bias.items() if value <= -100), top_logprobs=top,
                 stop_ids=frozenset(stops), min_new_tokens=wire.min_new_tokens, seed=seed,
                 frequency_penalty=wire.frequency_penalty, presence_penalty=wire.presence_penalty,
-                repetition_penalty=wire.repetition_penalty, logprob_ids=tuple(logprob_ids),
+                repetition_penalty=wire.repetition_penalty, logprob_ids=tuple(logprob_ids), support=support,
                 logit_bias=tuple((token, value) for token, value in bias.items() if not value <= -100),
             )  # fmt: skip
             request = Request(

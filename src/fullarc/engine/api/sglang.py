@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from fullarc.engine.api.choices import collector, sglang_choices
+from fullarc.chat.special import END_THINK, THINK
+from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
@@ -36,6 +37,8 @@ class GenerateBody(BaseModel):
     return_routed_experts: bool | None = None
     routed_experts_start_len: int = Field(0, strict=True)
     return_indexer_topk: bool | None = None
+    return_sampling_mask: bool | list[bool] | None = None
+    sampling_logprobs_mode: MaskMode | None = None
     stream: bool = False
     # not implemented: only their neutral values are accepted
     input_embeds: None = None
@@ -45,7 +48,9 @@ class GenerateBody(BaseModel):
     lora_path: None = None
     session_params: None = None
     return_hidden_states: Literal[False, None] = None
-    return_sampling_mask: Literal[False, None] = None
+    max_thinking_tokens: None = None
+    watermark: None = None
+    positional_embed_overrides: None = None
     custom_logit_processor: None = None
 
 
@@ -69,6 +74,8 @@ class Plan:
             if asked and isinstance(asked[0], list)
             else [asked] * count
         )
+        mode = body.sampling_logprobs_mode or "selected"
+        masks = _spread(body.return_sampling_mask, count, "return_sampling_mask")
         rids = _spread(body.rid, count, "rid")
         prefix = service.next_id("fullarc")
         choices = collector(
@@ -87,14 +94,15 @@ class Plan:
                 else f"{prefix}-{number}-{index}"
                 for index in range(wire.n)
             ]
-            told = bool(wants[number])
+            told, mask = bool(wants[number]), mode if masks[number] else None
             new = build(
                 service, prompt, wire, names, score_from=starts[number] if told else -1,
                 top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
+                support=bool(mask or wire.top_p_ids),
             )  # fmt: skip
             self.requests += new
             self.tellers += [
-                Teller(service, request, wire, told, body.return_text_in_logprobs) for request in new
+                Teller(service, request, wire, told, body.return_text_in_logprobs, mask) for request in new
             ]
 
 
@@ -124,9 +132,11 @@ class Teller:
     """Writes one sequence's answers, finished or (streaming, cumulative) not."""
 
     def __init__(
-        self, service: Service, request: Request, wire: SamplingBody, logprobs: bool, texts: bool
-    ) -> None:
-        self.request, self.logprobs = request, logprobs
+        self, service: Service, request: Request, wire: SamplingBody, logprobs: bool, texts: bool,
+        mask: MaskMode | None,
+    ) -> None:  # fmt: skip
+        self.request, self.logprobs, self.mask, self.top_p = request, logprobs, mask, wire.top_p_ids
+        self._thinks = [service.tok.id(THINK), service.tok.id(END_THINK)] if service.tok else []
         self.tok = service.tok if texts else None
         self.text = GrowingText(service.tok, request, wire) if service.tok else None
 
@@ -144,14 +154,20 @@ class Teller:
             "cached_tokens": request.cached_tokens,
             "weight_version": request.weight_version,
             "weight_versions": [[version, a, min(b, count)] for version, a, b in request.versions],
+            "reasoning_tokens": self._reasoning(output),
+            "num_retractions": request.retractions,
+            "dp_rank": 0,
         }
         if request.spec.verified:
             meta |= request.spec.told(len(output))
         if ended:
             meta["e2e_latency"] = request.ended - request.arrived
             meta |= sglang_choices(request)
+            meta |= slime_support(request) if self.top_p else {}
         if self.logprobs:
             meta |= self._logprobs(output, count)
+        if self.mask:
+            meta |= sglang_support(request, count, self.mask)
         if self.text:
             self.text.read()
         return {"text": self.text.text if self.text else "", "output_ids": output, "meta_info": meta}
@@ -179,6 +195,12 @@ class Teller:
             if params.logprob_ids:
                 meta["input_token_ids_logprobs"] = first + self._rows(request.input_ids_logprobs)
         return meta
+
+    def _reasoning(self, output: list[int]) -> int:
+        """Tokens of a thought that the prompt began."""
+        if not self._thinks or self.request.prompt[-1] != self._thinks[0]:
+            return 0
+        return output.index(self._thinks[1]) if self._thinks[1] in output else len(output)
 
     def _rows(self, rows: list[list[tuple[float, int]]]) -> list[Any]:
         return [[self._entry(*pair) for pair in row] for row in rows]

@@ -21,6 +21,7 @@ class TitoSampling(OpenAISampling):
     """`sampling_params` of /inference/v1/generate: vLLM's SamplingParams."""
 
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: int | None = Field(None, strict=True, ge=0)
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
@@ -35,6 +36,8 @@ class TitoBody(ExpertsBody):
     model: str | None = None
     stream: bool | None = False
     output_mode: Literal["tokens", "text"] | None = None
+    return_sampling_mask: bool | None = None
+    content_parts: None = None
     features: None = None
     kv_transfer_params: None = None
 
@@ -53,7 +56,7 @@ class Tito:
         """Sample from token ids."""
         body = await read_body(http, TitoBody)
         sampling = body.sampling_params
-        wire = sampling.native(16)
+        wire = sampling.native(None)
         name = body.request_id or self.service.next_id("tito")
         top = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         names = [name if wire.n == 1 else f"{name}_{index}" for index in range(wire.n)]
@@ -61,7 +64,14 @@ class Tito:
         form = body.form(self.service.experts)
         choices = collector(sampling.routed_experts_prompt_start, form is not None)
         requests = build(
-            self.service, body.token_ids, wire, names, top=top, score_from=score_from, choices=choices
+            self.service,
+            body.token_ids,
+            wire,
+            names,
+            top=top,
+            score_from=score_from,
+            choices=choices,
+            support=bool(body.return_sampling_mask),
         )
         tellers = [_Teller(self.service, body, request) for request in requests]
         if body.stream:
@@ -95,10 +105,14 @@ class _Teller:
             "index": index,
             "token_ids": request.ids[start + begin : start + end],
             "finish_reason": ended(request) if done else None,
-            "stop_reason": request.matched if done else None,
+            "stop_reason": self._stop_reason() if done else None,
             "logprobs": None,
-            "weight_versions": [[version, a, min(b, end)] for version, a, b in request.versions],
+            "weight_versions": [
+                {"version": version, "start": a, "end": min(b, end)} for version, a, b in request.versions
+            ],
         }
+        if request.params.support:
+            choice["sampling_mask"] = [[token for _, token in row] for row in request.supports[begin:end]]
         if self.asked is not None:
             content = []
             for at in range(begin, end):
@@ -108,13 +122,19 @@ class _Teller:
                         _entry(*pair) | {"rank": n + 1} for n, pair in enumerate(request.top_logprobs[at])
                     ]
                 rank = next((entry["rank"] for entry in best if entry["token_id"] == token), None)
-                content.append(
-                    _entry(request.logprobs[at], token) | {"rank": rank, "top_logprobs": best[: self.asked]}
-                )
+                own = _entry(request.logprobs[at], token) | {"rank": rank}
+                # the sampled token first, then the others in the order of their ranks
+                others = [entry for entry in best[: self.asked] if entry["token_id"] != token]
+                content.append(own | {"top_logprobs": [own, *others] if self.asked else []})
             choice["logprobs"] = {"content": content}
         if done:
             choice |= vllm_choices(request, self.form)
         return choice
+
+    def _stop_reason(self) -> int | str | None:
+        """The string or id that the client named; None for the model's own end."""
+        own = self.service.scheduler.core.weights.config.eos_token_id
+        return None if self.request.matched in own else self.request.matched
 
 
 def _entry(value: float, token: int) -> dict[str, Any]:

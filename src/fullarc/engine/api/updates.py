@@ -235,7 +235,7 @@ class Updates:
     async def rename(self, http: HttpRequest) -> Response:
         """Give the present weights another version."""
         body = await read_body(http, VersionBody)
-        await self.service.on_engine(lambda s: _rename(s, body.new_version))
+        await self.service.on_engine(lambda s: _rename(s, body.new_version, body.abort_all_requests))
         return answer({"success": True, "message": "Renamed.", "new_version": body.new_version})
 
     async def by_name(self, http: HttpRequest) -> Response:
@@ -255,8 +255,10 @@ class Updates:
             return answer({"success": False, "message": str(error)}, 400)
 
 
-def _rename(scheduler: Scheduler, version: str) -> None:
+def _rename(scheduler: Scheduler, version: str, abort: bool) -> None:
     """The same weights under another version; what is cached stays valid."""
+    if abort:
+        scheduler.abort(None)
     old = scheduler.version
     scheduler.core.weights = replace(scheduler.core.weights, version=version)
     for request in scheduler.running.values():

@@ -7,6 +7,7 @@ accepted and needed by nobody.
 
 import asyncio
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,7 +38,7 @@ class AbortsBody(BaseModel):
     """POST /abort_requests."""
 
     model_config = ConfigDict(extra="ignore")
-    request_ids: list[str] = Field(max_length=10_000)
+    request_ids: list[str] | None = Field(None, max_length=10_000)
 
 
 class TokenizeBody(BaseModel):
@@ -74,7 +75,6 @@ class Vllm:
             Endpoint("/pause", self.pause),
             Endpoint("/resume", self.resume),
             Endpoint("/is_paused", self.is_paused, get),
-            Endpoint("/is_sleeping", self.is_sleeping, get),
             Endpoint("/abort_requests", self.abort, body=AbortsBody),
             Endpoint("/weight_info", self.weight_info, get),
             Endpoint("/get_world_size", self.world_size, get),
@@ -127,15 +127,11 @@ class Vllm:
         """Whether generation is paused."""
         return answer({"is_paused": self.service.scheduler.paused})
 
-    async def is_sleeping(self, _http: HttpRequest) -> Response:
-        """Weights are never put away."""
-        return answer({"is_sleeping": False})
-
     async def abort(self, http: HttpRequest) -> Response:
-        """End requests by their ids, with what they have."""
-        body = await read_body(http, AbortsBody)
-        count = await self.service.on_engine(lambda s: sum(s.abort(name) for name in body.request_ids))
-        return answer({"aborted": count})
+        """End requests by their ids, or all where none is named, with what they have."""
+        names: Sequence[str | None] = (await read_body(http, AbortsBody)).request_ids or [None]
+        count = await self.service.on_engine(lambda s: sum(s.abort(name) for name in names))
+        return answer({"status": "aborted", "aborted": count})
 
     async def weight_info(self, _http: HttpRequest) -> Response:
         """The version of the present weights."""
