@@ -4,9 +4,10 @@ Invariant: whatever a client sends ends in a 4xx with one sentence in OpenAI's e
 never in a traceback.
 """
 
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,16 +25,23 @@ from fullarc.engine.request import QueueFullError
 
 T = TypeVar("T", bound=BaseModel)
 MAX_BODY = 64 * 2**20
+_PLACES = re.compile(r"\{(\w+)(?::\w+)?\}")
+_RESPONSES = {
+    "200": {"description": "the answer"},
+    "4XX": {"description": "what is wrong, in one sentence"},
+    "503": {"description": "the engine does not generate"},
+}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route. `body`: the schema of its JSON body, for /openapi.json."""
+    """One route. `body`: the schema of its JSON body; `query`: those of its query parameters; for /openapi.json."""
 
     path: str
     handler: Callable[[HttpRequest], Awaitable[Response]]
     methods: tuple[str, ...] = ("POST",)
     body: type[BaseModel] | None = None
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def route(self) -> Route:
         """The Starlette route, with errors answered."""
@@ -125,14 +133,20 @@ def openapi(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
     for endpoint in endpoints:
         for method in endpoint.methods:
             summary = (endpoint.handler.__doc__ or "").strip().split("\n")[0]
-            entry: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "the answer"}}}
+            entry: dict[str, Any] = {"summary": summary, "responses": dict(_RESPONSES)}
+            places = [("path", name, {"type": "string"}) for name in _PLACES.findall(endpoint.path)]
+            places += [("query", name, schema) for name, schema in endpoint.query.items()]
+            if places:
+                entry["parameters"] = [
+                    {"in": place, "name": name, "schema": schema, "required": place == "path"}
+                    for place, name, schema in places
+                ]
             if endpoint.body and method != "GET":
                 schema = endpoint.body.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= schema.pop("$defs", {})
                 schemas[endpoint.body.__name__] = schema
                 ref = {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
                 entry["requestBody"] = {"content": {"application/json": {"schema": ref}}}
-                entry["responses"]["400"] = {"description": "what is wrong, in one sentence"}
-            paths.setdefault(endpoint.path, {})[method.lower()] = entry
+            paths.setdefault(_PLACES.sub(r"{\1}", endpoint.path), {})[method.lower()] = entry
     info = {"title": "fullarc engine", "version": version}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}

@@ -129,7 +129,9 @@ class Updates:
             Endpoint("/begin_weight_update", self.begin),
             Endpoint("/end_weight_update", self.end, body=EndBody),
             Endpoint("/update_weight_version", self.rename, body=VersionBody),
-            Endpoint("/get_weights_by_name", self.by_name, ("GET", "POST"), NameBody),
+            Endpoint(
+                "/get_weights_by_name", self.by_name, ("GET", "POST"), NameBody, {"name": {"type": "string"}}
+            ),
         ]
 
     async def install(

@@ -71,8 +71,14 @@ class Upkeep:
             Endpoint("/post_process_weights", self.post_process, body=PostProcessBody),
             Endpoint("/release_memory_occupation", self.release, both, MemoryBody),
             Endpoint("/resume_memory_occupation", self.resume, both, MemoryBody),
-            Endpoint("/sleep", self.sleep),
-            Endpoint("/wake_up", self.wake_up),
+            Endpoint(
+                "/sleep",
+                self.sleep,
+                query={"level": {"enum": [0, 1, 2]}, "mode": {"enum": ["abort", "keep"]}},
+            ),
+            Endpoint(
+                "/wake_up", self.wake_up, query={"tags": {"type": "array", "items": {"type": "string"}}}
+            ),
             Endpoint("/is_sleeping", self.is_sleeping, ("GET",)),
         ]
 

@@ -25,6 +25,7 @@ from fullarc.engine.api.updates import Updates
 from fullarc.engine.scheduler import Scheduler
 
 DRAIN_POLL_S = 0.01
+MODES = ("abort", "wait", "keep")
 
 
 class ArealBody(BaseModel):
@@ -72,7 +73,9 @@ class Vllm:
         """The routes."""
         get = ("GET",)
         return [
-            Endpoint("/pause", self.pause),
+            Endpoint(
+                "/pause", self.pause, query={"mode": {"enum": [*MODES]}, "clear_cache": {"type": "boolean"}}
+            ),
             Endpoint("/resume", self.resume),
             Endpoint("/is_paused", self.is_paused, get),
             Endpoint("/abort_requests", self.abort, body=AbortsBody),
@@ -97,7 +100,7 @@ class Vllm:
         """Stop generating: mode abort (default), wait (running requests finish first) or keep (they stay)."""
         mode = http.query_params.get("mode", "abort")
         clear = http.query_params.get("clear_cache", "true").lower()
-        if mode not in ("abort", "wait", "keep") or clear not in ("true", "false", "1", "0"):
+        if mode not in MODES or clear not in ("true", "false", "1", "0"):
             raise BadRequest("mode must be abort, wait or keep, and clear_cache true or false.", "mode")
         if mode == "wait":
             await self._drain()
