@@ -8,46 +8,13 @@ import time
 
 import httpx
 import pytest
+from bodies import ALL, GENERATE, IDS, NATIVE, REFUSED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import Running, wait
 
 from fullarc.engine import Engine
 
-IDS = [3, 1, 4, 1, 5, 9, 2, 6]
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-HELLO = [{"role": "user", "content": "hello"}]
-SAMPLING = {"max_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 1,
-            "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0}, "frequency_penalty": 0.1,
-            "presence_penalty": 0.1, "repetition_penalty": 1.1, "min_tokens": 1}  # fmt: skip
-NATIVE = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2,
-          "sampling_seed": 1, "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0},
-          "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1,
-          "min_new_tokens": 1}  # fmt: skip
-GOOD = [
-    ("/generate", {"input_ids": IDS, "sampling_params": NATIVE, "return_logprob": True, "logprob_start_len": 0,
-                   "top_logprobs_num": 2, "token_ids_logprob": [1, 2], "rid": "a", "stream": False}),
-    ("/generate", {"text": ["a", "b"], "sampling_params": [NATIVE, NATIVE], "return_logprob": [True, False],
-                   "rid": ["x", "y"], "stream": True}),
-    ("/inference/v1/generate", {"token_ids": IDS, "sampling_params": SAMPLING | {"logprobs": 1, "prompt_logprobs": 1},
-                                "request_id": "r"}),
-    ("/v1/completions", SAMPLING | {"prompt": "hello", "logprobs": 2, "echo": True}),
-    ("/v1/chat/completions", SAMPLING | {"messages": HELLO, "tools": [TOOL], "logprobs": True, "top_logprobs": 2,
-                                         "chat_template_kwargs": {"enable_thinking": True}}),
-    ("/v1/messages", {"max_tokens": 3, "messages": HELLO, "system": "s", "thinking": {"type": "enabled"},
-                      "tools": [{"name": "f", "input_schema": {"type": "object"}}], "stop_sequences": ["x"]}),
-    ("/v1/messages/count_tokens", {"messages": HELLO, "system": [{"type": "text", "text": "s"}]}),
-    ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [1], "apply_softmax": True}),
-    ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}),
-    ("/tokenize", {"prompt": "a", "return_token_strs": True}),
-    ("/detokenize", {"tokens": IDS}),
-    ("/update_weights_from_disk", {"model_path": "/nowhere", "kv_policy": "keep", "weight_version": "1"}),
-    ("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"], "load_format": None}),
-    ("/update_weights_from_ipc", {"shared_memory": "nothing-here", "sha256": "0"}),
-    ("/get_weights_by_name", {"name": "x", "truncate_size": 3}),
-    ("/abort_request", {"rid": "none", "abort_all": False}),
-    ("/abort_requests", {"request_ids": ["none"]}),
-]  # fmt: skip
 DEEP = "[" * 300 + "]" * 300
 
 
@@ -92,31 +59,57 @@ def put(value, path, new):
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = put(copy[path[0]], path[1:], new)
+    copy[path[0]] = put(copy[path[0]], path[1:], new) if path[1:] else new
     return copy
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.fixture(scope="module")
+def fuzzed(talking):
+    """A server whose weights, versions and pauses are anybody's."""
+    running = Running(talking[0])
+    yield running
+    running.stop()
+
+
+def wake(server):
+    server.server.service.worker.call(lambda s: (setattr(s, "paused", False), s.abort(None))).result(30)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_request_makes_a_5xx(server, http, data):
-    path, body = data.draw(st.sampled_from(GOOD))
+def test_no_request_makes_a_5xx(fuzzed, data):
+    """Any value at one or two places of a good body, or in any other field of its schema."""
+    path, body = data.draw(st.sampled_from(ALL))
+    [schema] = [e.body for e in fuzzed.server.endpoints if e.path == path]
     for _ in range(data.draw(st.integers(1, 2))):
-        body = put(body, data.draw(st.sampled_from(list(places(body)))), data.draw(NASTY))
-    answer = http.post(path, content=json.dumps(body).encode(), headers={"content-type": "application/json"})
-    assert answer.status_code < 500, (path, body, answer.text)
-    if answer.status_code >= 400 and not path.startswith("/update_weights"):
-        assert answer.json()["error"]["message"]
-    assert http.get("/health").status_code == 200
+        spots = [*places(body), *((name,) for name in schema.model_fields if isinstance(body, dict))]
+        body = put(body, data.draw(st.sampled_from(spots)), data.draw(NASTY))
+    with httpx.Client(base_url=fuzzed.url, timeout=60, trust_env=False) as http:
+        kind = {"content-type": "application/json"}
+        answer = http.post(path, content=json.dumps(body).encode(), headers=kind)
+        wake(fuzzed)
+        assert answer.status_code < 500, (path, body, answer.text)
+        if answer.status_code >= 400:
+            told = answer.json()
+            assert told.get("message") or told["error"]["message"]
+        assert http.get("/health").status_code == 200
 
 
-def test_good_bodies_are_good_and_leave_nothing_behind(server, http):
-    for path, body in GOOD:
-        expected = 400 if path.startswith(("/update_weights", "/get_weights")) else 200
-        assert http.post(path, json=body).status_code == expected, path
-    idle(server)
+def test_every_route_with_a_body_is_fuzzed(fuzzed):
+    assert {path for path, _ in ALL} == {e.path for e in fuzzed.server.endpoints if e.body}
 
 
-@pytest.mark.parametrize("path", sorted({path for path, _ in GOOD}))
+def test_good_bodies_are_good_and_leave_nothing_behind(fuzzed):
+    with httpx.Client(base_url=fuzzed.url, timeout=60, trust_env=False) as http:
+        for path, body in ALL:
+            expected = 400 if (path, body) in REFUSED else 200
+            answer = http.post(path, json=body)
+            assert answer.status_code == expected, (path, answer.text)
+            wake(fuzzed)
+    idle(fuzzed)
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in ALL}))
 @pytest.mark.parametrize(
     "content",
     [b"{", b"\xff\xfe", DEEP.encode(), b'{"input_ids": ' + DEEP.encode() + b"}", b"[]", b"null", b'"\\ud800"',
@@ -174,7 +167,7 @@ def test_a_full_queue_is_a_429_in_every_dialect(server, http):
                 http.post, "/generate", json={"input_ids": [IDS] * 64, "sampling_params": NATIVE | {"n": 1}}
             )
             wait(lambda: len(s.waiting) == 64)
-            for path, body in GOOD[:6]:
+            for path, body in GENERATE:
                 answer = http.post(path, json=body)
                 assert answer.status_code == 429, path
                 assert answer.json()["error"]["type"] == "rate_limit_error"
