@@ -142,6 +142,10 @@ def test_the_manifest_can_be_named(http, checkpoints):
         http.post("/update_weights_from_disk", json=body | {"manifest_sha256": right}).json()["success"]
         is True
     )
+    for folder in ("9" * 400, "a\0b", "", "/proc/self/mem/x"):
+        for more in ({}, {"manifest_sha256": right}):
+            answer = http.post("/update_weights_from_disk", json={"model_path": folder} | more)
+            assert answer.status_code == 400 and answer.json()["message"], folder
     renamed = http.post("/update_weight_version", json={"new_version": "mine"})
     assert renamed.status_code == 200 and http.get("/model_info").json()["weight_version"] == "mine"
 

@@ -46,15 +46,14 @@ class Staging:
 
     def from_folder(self, folder: str, version: str, manifest_sha256: str | None = None) -> Weights:
         """The weights of a checkpoint folder; its manifest's own hash must be `manifest_sha256` if that is given."""
-        if manifest_sha256 is not None:
-            manifest = Path(folder) / MANIFEST
-            found = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "absent"
-            if found != manifest_sha256.lower():
-                raise FullarcError(
-                    f"{folder}: the manifest's SHA-256 is {found}, not {manifest_sha256[:64]}.",
-                    "It is another checkpoint than the one meant.",
-                )
-        weights = load_weights(folder, version, self.dtype, self.kernels)
+        try:
+            if manifest_sha256 is not None:
+                _check_manifest(Path(folder) / MANIFEST, manifest_sha256)
+            weights = load_weights(folder, version, self.dtype, self.kernels)
+        except OSError as error:
+            raise FullarcError(
+                f"{folder[:200]} cannot be read: {error.strerror}.", "Is it a folder?"
+            ) from None
         self._next = folder, None
         return weights
 
@@ -88,7 +87,7 @@ class Staging:
         self._next = self.folder, tensors
         return weights
 
-    def zeroed(self, skipped: Sequence[str], version: str) -> EngineWeights:
+    def zeroed(self, skipped: Sequence[str], version: str) -> Weights:
         """The present weights with zeros in the place of every tensor whose name has no part of `skipped`."""
         tensors = self._tensors or self._copy()
         named = {n: t for n, t in tensors.items() if not any(part in n for part in skipped)}
@@ -109,6 +108,16 @@ class Staging:
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in state_to_disk(load_model(self.folder)).items()}
+
+
+def _check_manifest(manifest: Path, sha256: str) -> None:
+    """Raise FullarcError unless the file has this hash."""
+    found = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "absent"
+    if found != sha256.lower():
+        raise FullarcError(
+            f"{manifest.parent}: the manifest's SHA-256 is {found}, not {sha256[:64]}.",
+            "It is another checkpoint than the one meant.",
+        )
 
 
 def decode_tensors(encoded: list[str]) -> dict[str, Tensor]:
