@@ -210,6 +210,58 @@ def test_clients_that_leave_at_any_moment_free_their_slots_and_change_nobody(ser
     assert not server.server.service._noted
 
 
+PHASES = {
+    "waiting": lambda s, r: r in s.waiting,
+    "prefilling": lambda s, r: r.slot >= 0 and 0 < r.computed < len(r.prompt),
+    "decoding": lambda s, r: len(r.logprobs) > 3,
+    "drafting": lambda s, r: bool(r.spec.drafts),
+    "paused": lambda s, r: s.paused and len(r.logprobs) > 3,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("how", ["hang up", "abort"])
+def test_a_request_can_end_at_every_phase(talking, phase, how):
+    """By its client's leaving or by its name; what ran beside it is what it is alone, and the slot is free."""
+    alone = Engine(talking[0], max_batch=1, max_len=256).generate([IDS], 100, seeds=[7], stop_ids=())[0]
+    running = Running(talking[0], max_batch=1 if phase == "waiting" else 2, draft_steps=3)
+    s = running.engine.scheduler
+    s.chunk_tokens = 1  # a prompt takes as many steps as it has tokens
+    if phase == "drafting":
+        s.drafter.pace = None  # drafts whether they pay or not
+    try:
+        with (
+            httpx.Client(base_url=running.url, timeout=60, trust_env=False) as http,
+            concurrent.futures.ThreadPoolExecutor() as pool,
+        ):
+            stay = {"input_ids": IDS, "return_logprob": True,
+                    "sampling_params": {"max_new_tokens": 100, "sampling_seed": 7, "ignore_eos": True}}  # fmt: skip
+            kept = pool.submit(http.post, "/generate", json=stay)
+            wait(lambda: s.running)
+            client, data = raw_request(running, {
+                "rid": "mine", "input_ids": [n % 90 for n in range(60)], "stream": how == "hang up",
+                "return_routed_experts": True, "sampling_params": {"max_new_tokens": 100, "ignore_eos": True},
+            })  # fmt: skip
+            client.sendall(data)
+            wait(lambda: [r for r in (*s.running.values(), *s.waiting) if r.rid == "mine"])
+            [mine] = [r for r in (*s.running.values(), *s.waiting) if r.rid == "mine"]
+            if phase == "paused":
+                wait(lambda: len(mine.logprobs) > 3)
+                http.post("/pause_generation", json={"mode": "in_place"})
+            wait(lambda: PHASES[phase](s, mine))
+            if how == "abort":
+                assert http.post("/abort_request", json={"rid": "mine"}).json() == {"aborted": 1}
+            client.close()
+            wait(lambda: mine.finish == "abort" and mine.slot < 0)
+            http.post("/continue_generation", json={})
+            meta = kept.result(60).json()["meta_info"]
+        assert [entry[0] for entry in meta["output_token_logprobs"]] == alone.logprobs
+        wait(lambda: not s.running and not s.waiting)
+        assert len(s.free) == s.core.cache.slots and running.server.service.worker.healthy
+    finally:
+        running.stop()
+
+
 def test_a_client_that_stops_reading_holds_no_slot(server, monkeypatch):
     monkeypatch.setattr("fullarc.engine.api.service.STALL_S", 0.5)
     body = {"input_ids": IDS, "stream": True, "return_logprob": True, "top_logprobs_num": 64,

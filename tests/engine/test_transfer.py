@@ -253,6 +253,28 @@ def test_two_engines_in_one_group(http, server, pool, trainer, tensors, checkpoi
 
 
 @pytest.mark.slow
+def test_another_shape_in_the_middle_of_traffic_changes_nobody(http, pool, trainer, tensors, checkpoints):
+    """It is received, so that the trainer is not left waiting, and then refused; the group stays open."""
+    opened(http, pool, trainer, "shapes")
+    running = pool.submit(generate, http, 200)
+    body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[8, 4]], "group_name": "shapes"}
+    assert tensors["model.norm.weight"].shape == (32,)
+    for change, says in (
+        (body, "has shape (8, 4)"),
+        (body | {"names": ["model.other"], "shapes": [[32]]}, "no tensor"),
+    ):
+        future = pool.submit(post, http, "/update_weights_from_distributed", change, 400)
+        trainer.tell("send", group="shapes", names=["model.norm.weight"])
+        assert says in future.result(20)["message"]
+    assert running.result(30) == (fresh(checkpoints["v0"], 200), "0")
+    future = pool.submit(
+        post, http, "/update_weights_from_distributed", announced(tensors) | {"group_name": "shapes"}
+    )
+    trainer.tell("send", group="shapes")
+    assert future.result(20)["success"] is True and generate(http)[0] == fresh(checkpoints["v1"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more, says", [(1, "another number of bytes"), (-1, "NaN")])
 def test_other_sizes_than_announced_are_found(http, server, pool, doomed, tensors, checkpoints, more, says):
     """More bytes end the receiving process, fewer leave it with what it began with; the engine goes on."""
