@@ -24,7 +24,10 @@ def test_the_page_fetches_nothing_from_elsewhere(server):
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
-def test_a_conversation_in_a_browser(server):
+IN_VIEW = "document.querySelector('article.error').getBoundingClientRect().bottom <= innerHeight"
+
+
+def test_a_conversation_in_a_browser(server, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or pytest.skip("no chromium")
     with sync_api.sync_playwright() as playwright:
@@ -43,12 +46,18 @@ def test_a_conversation_in_a_browser(server):
             page.locator("article.assistant").nth(turn).wait_for()
             page.locator("#send", has_text="Send").wait_for()
         assert page.locator("article.user").first.text_content() == "hello <b>there</b>"
-        assert page.locator("article.assistant").first.text_content() != "Thoughts"
+        assert page.locator("article.assistant > span").first.text_content()
+        assert "limit of tokens" in page.locator("article.assistant > em").all_text_contents()[0]
+        page.evaluate("scrollTo(0, 0)")
         page.fill("#tokens", "100000")
         page.fill("#say", "hello " * 400)
         page.click("#send")
         page.wait_for_selector("article.error")
         assert "256" in page.locator("article.error").text_content()
+        assert page.evaluate(IN_VIEW), "an error is seen, however long what was said"
+        page.screenshot(path=str(tmp_path / "page.png"))
+        page.click("#new")
+        assert not page.locator("article").count()
         browser.close()
     assert all(url.startswith((server.url, "data:")) for url in asked)
     assert [text for text in wrong if "400" not in text] == []
