@@ -77,11 +77,11 @@ def run(engine, prompt, count, choices, **params):
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_choices_are_the_trainers(shaped, drafts):
+def test_choices_are_the_trainers(shaped, drafts, kernels):
     """Prefilled in chunks, decoded one by one or with drafts of which some are wrong, below and beyond the top-k."""
     model, folder = shaped
     dense = model.config.dense_attention
-    engine = Engine(folder, max_batch=2, max_len=256, chunk_tokens=48, draft_steps=drafts)
+    engine = Engine(folder, max_batch=2, max_len=256, chunk_tokens=48, draft_steps=drafts, kernels=kernels)
     choices = Choices(0, keys=not dense)
     request = run(engine, IDS, 30, choices, seed=3)
     read = choices.read(len(request.ids) - 1)

@@ -18,6 +18,7 @@ from fullarc.engine.core import Chunk, Core
 from fullarc.engine.native import NativeCore, NativeWeights, Unavailable, pack
 from fullarc.engine.native.library import library
 from fullarc.engine.products import DTYPES
+from fullarc.engine.trace import Trace
 from fullarc.engine.weights import EngineWeights
 from fullarc.model import GlmMoeDsa
 
@@ -36,8 +37,8 @@ class ForwardPass(Protocol):
         """What attention remembers."""
         ...
 
-    def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Final hidden states [rows, D]."""
+    def forward(self, chunks: list[Chunk], trace: Trace | None = None) -> Tensor:
+        """Final hidden states [rows, D]; what the rows chose goes to `trace`."""
         ...
 
     def look_ahead(self, chunks: list[Chunk], states_ND: Tensor) -> Tensor:

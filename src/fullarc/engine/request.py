@@ -1,7 +1,7 @@
 """One sequence from arrival to end, how a request can be refused, and what is counted over all of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine.draft import Speculation
@@ -74,6 +74,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
+        if self.guide:
+            self.params = replace(self.params, guided=True)
 
     @property
     def output(self) -> list[int]:

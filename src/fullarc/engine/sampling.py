@@ -51,6 +51,7 @@ class SamplingParams:
         seed: of the request's own random stream.
         frequency_penalty, presence_penalty, repetition_penalty, logit_bias: see `penalties`; neutral by default.
         logprob_ids: tokens whose log-probs are told at each step, whether they are sampled or not.
+        guided: whether something else narrows the choice at each step (see `guide`).
         support: whether the tokens that could be drawn are told at each step.
     """
 
@@ -69,6 +70,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprob_ids: tuple[int, ...] = ()
+    guided: bool = False
     support: bool = False
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether a token is drawn from the model's own distribution, or is its first choice."""
-        return not (self.truncates or self.forbidden or self.penalises)
+        return not (self.truncates or self.forbidden or self.penalises or self.guided)
 
     @property
     def truncates(self) -> bool:

@@ -17,6 +17,7 @@ from fullarc.engine.core import Chunk
 from fullarc.engine.native.library import library
 from fullarc.engine.native.memory import floats
 from fullarc.engine.native.weights import LANES, PANEL, NativeWeights, Product, whole
+from fullarc.engine.trace import Trace
 
 TILE = PANEL
 
@@ -87,9 +88,12 @@ class NativeCore:
         self._library = library()
         self._memory, self._rows = torch.empty(0, dtype=torch.uint8), 0
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Final hidden states [rows, D] after the last norm, in the order of `chunks`. Each slot may appear once."""
-        return self._pass(chunks, None)
+    def forward(self, chunks: Sequence[Chunk], trace: Trace | None = None) -> Tensor:
+        """Final hidden states [rows, D] after the last norm, in the order of `chunks`. Each slot may appear once.
+
+        `trace`, of as many rows, takes what they chose.
+        """
+        return self._pass(chunks, None, trace)
 
     def look_ahead(self, chunks: Sequence[Chunk], states_ND: Tensor) -> Tensor:
         """The MTP layer's states [rows, D] of tokens whose predecessors' states are given.
@@ -103,7 +107,7 @@ class NativeCore:
         chosen = hidden_ND if len(rows) == len(hidden_ND) else hidden_ND[torch.tensor(rows)]
         return multiply(self.weights.model.head, chosen, self.threads)[:, : self.weights.config.vocab_size]
 
-    def _pass(self, chunks: Sequence[Chunk], states_ND: Tensor | None) -> Tensor:
+    def _pass(self, chunks: Sequence[Chunk], states_ND: Tensor | None, trace: Trace | None = None) -> Tensor:
         ids, slots, positions = list[int](), list[int](), list[int]()
         for chunk in chunks:
             ids += chunk.ids
@@ -120,9 +124,14 @@ class NativeCore:
         self._library.fullarc_forward(
             model, ctypes.byref(self.cache.structure), count, at, at + 4 * count, at + 8 * count,
             states_ND.data_ptr() if states_ND is not None else None, self.threads, self._memory.data_ptr(),
-            out_ND.data_ptr(), None, None,
+            out_ND.data_ptr(), _pointer(trace.experts_NLK if trace else None),
+            _pointer(trace.keys_NLS if trace else None),
         )  # fmt: skip
         return out_ND[:, : c.hidden_size]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def multiply(product: Product, x_NI: Tensor, threads: int = 1) -> Tensor:
