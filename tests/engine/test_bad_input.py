@@ -227,6 +227,7 @@ def test_a_request_can_end_at_every_phase(talking, phase, how):
     running = Running(talking[0], max_batch=1 if phase == "waiting" else 2, draft_steps=3)
     s = running.engine.scheduler
     s.chunk_tokens = 1  # a prompt takes as many steps as it has tokens
+    running.slow_down()
     if phase == "drafting":
         s.drafter.pace = None  # drafts whether they pay or not
     try:

@@ -244,6 +244,7 @@ def test_memory_is_given_back_between_updates(http, server):
     """AReaL over SGLang and over vLLM, and slime: what ran ends, the engine waits, and goes on as it was."""
     s = server.engine.scheduler
     long = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 230, "ignore_eos": True}}
+    server.slow_down()
     for off, on in (
         ("/release_memory_occupation", "/resume_memory_occupation"), ("/sleep?level=1", "/wake_up?tags=weights"),
     ):  # fmt: skip
@@ -278,6 +279,7 @@ def test_prime_rl_scores_a_prompt_and_lets_the_context_be_the_limit(http, talkin
 
 def test_requests_are_aborted_by_name_or_all(http, server):
     body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
+    server.slow_down()
     for names in ({"request_ids": ["mine"]}, {}):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             future = pool.submit(post, http, "/generate", body | {"rid": "mine"})

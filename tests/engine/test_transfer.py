@@ -164,6 +164,7 @@ def test_areal_announces_and_receives_in_two_calls(http, server, pool, trainer, 
     opened(http, pool, trainer, "update_weight_group_0", "/areal_init_weights_update_group",
            master_port=str(port := free_port()), port=port)  # fmt: skip
     post(http, "/areal_update_weights_xccl", status=400)
+    server.slow_down()
     with_running = pool.submit(generate, http, 400)
     wait(lambda: server.engine.scheduler.running)
     post(http, "/areal_pause_generation")

@@ -44,6 +44,7 @@ from fullarc.engine.api.transfer import Transfer
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.api.upkeep import Upkeep
 from fullarc.engine.api.vllm import Vllm
+from fullarc.engine.backend import KERNELS
 from fullarc.engine.engine import Engine
 from fullarc.engine.products import DTYPES
 
@@ -126,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="fp32", help="bf16: half the memory; fp8: emulated"
     )
     parser.add_argument(
+        "--kernels", choices=KERNELS, default="auto", help="auto: in C where there is a compiler"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="insist on bits that no batch, chunk or cache changes"
+    )
+    parser.add_argument(
         "--speculative-num-steps",
         type=int,
         default=0,
@@ -163,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             draft_steps=args.speculative_num_steps,
             rejection=args.speculative_use_rejection_sampling,
+            kernels=args.kernels,
+            deterministic=args.deterministic,
         )
         engine.scheduler.max_queue = args.max_queue
         try:

@@ -37,7 +37,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # options of `python -m fullarc.engine.server` that are ours too, with what they take
 ENGINE_OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--dtype", "fp32|bf16|fp8", "what the engine computes in"),
-    ("--threads", "N", "torch threads; default 1"),
+    ("--kernels", "auto|native|torch", "auto: in C where there is a compiler"),
+    ("--deterministic", "", "insist on bits that no batch, chunk or cache changes"),
+    ("--threads", "N", "that compute a step; default 1"),
     ("--max-batch", "N", "sequences decoded together; default 16"),
     ("--max-queue", "N", "waiting requests before 429"),
     ("--weight-version", "NAME", "what the weights are called"),

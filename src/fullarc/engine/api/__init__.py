@@ -4,8 +4,12 @@ service.py    requests in, answers and streams out: the only bridge between even
 guard.py      bodies, errors, keys, the list of routes
 fields.py     sampling parameters in everybody's names
 text.py       what sampled tokens say, as they come
-sglang.py     /generate and its relatives        control.py   pause, abort, flush, health, information
-updates.py    weights while running              vllm.py      vLLM's names for the same things
-openai.py     /v1/chat/completions …             anthropic.py /v1/messages
+choices.py    routed experts, indexer sets and sampling supports in everybody's forms
+sglang.py     /generate                          control.py   pause, abort, flush, health, information
+tito.py       vLLM's /inference/v1/generate      vllm.py      vLLM's names for control, and the tokenizer
+updates.py    weights while running              transfer.py  … by broadcast from a trainer
+upkeep.py     weight checks, sleep               scores.py    log-probs of labels, embeddings
+openai.py     what OpenAI's routes share         chat.py, completions.py   the routes
+anthropic.py  /v1/messages                       parse.py     texts to calls and thoughts
 metrics.py    Prometheus                         page.html    a chat page at /
 """

@@ -156,7 +156,7 @@ class Control:
             "max_total_num_tokens": s.core.cache.slots * s.max_len,
             "context_length": s.max_len,
             "chunked_prefill_size": s.chunk_tokens,
-            "enable_deterministic_inference": True,
+            "enable_deterministic_inference": service.deterministic,
             "model_config": s.core.weights.config.to_hf(),
             "uptime_s": time.time() - service.started,
         })  # fmt: skip

@@ -51,6 +51,7 @@ class Service:
     Attributes:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
         name: the model's name for clients.
+        deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
     """
 
@@ -70,6 +71,7 @@ class Service:
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )
+        self.deterministic = engine.deterministic
         self.latencies, self.seeds, self.experts = Latencies(), SeedSource(seed), experts
         self._numbers = itertools.count(1)
         self._noted: list[Watch] = []
