@@ -63,6 +63,7 @@ def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     assert choice.message.tool_calls[0].function.arguments == '{"command": "cat a.txt"}'
     assert choice.message.reasoning_content == "list it"
+    assert reply.usage.completion_tokens_details.reasoning_tokens == len(talking[1].encode("list it"))
     assert (
         reply.prompt_token_ids
         == render(tok, [Message("user", "hello")], [TOOL], add_generation_prompt=True).ids

@@ -229,6 +229,22 @@ def test_refused_weights_leave_the_server_serving(http, checkpoints):
     assert generate(http).json()["output_ids"] == before
 
 
+def test_the_time_in_the_queue_is_told(server, http):
+    """One slot: of two requests the second waits about as long as the first runs."""
+    server.slow_down(0.01)
+    s = server.engine.scheduler
+    s.free[:] = s.free[:1]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: generate(http, sampling_params={"max_new_tokens": 30}), range(2)))
+    lines = dict(
+        line.rsplit(" ", 1)
+        for line in http.get("/metrics").text.splitlines()
+        if "queue_time_seconds_" in line
+    )
+    assert lines["sglang:queue_time_seconds_count"] == lines["vllm:request_queue_time_seconds_count"] == "2"
+    assert 0.25 < float(lines["sglang:queue_time_seconds_sum"]) < 5
+
+
 def test_information_and_metrics(http, server):
     generate(http)
     assert http.get("/server_info").json()["max_running_requests"] == 4
@@ -306,7 +322,9 @@ def test_fullarc_serve_hands_on_every_option_of_the_engines_server():
     from fullarc.engine.server import _parser
     from fullarc.rollout.serve import ENGINE_OPTIONS
 
-    engines = {name for action in _parser()._actions for name in action.option_strings if name.startswith("--")}
+    engines = {
+        name for action in _parser()._actions for name in action.option_strings if name.startswith("--")
+    }
     own = {"--help", "--model", "--host", "--port", "--api-key", "--max-len", "--detach"}
     assert engines - own == {name for name, _, _ in ENGINE_OPTIONS}
 

@@ -63,6 +63,7 @@ class Request:
     retractions: int = 0
     weight_version: str = ""
     arrived: float = 0.0
+    admitted: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
     spec: Speculation = field(default_factory=Speculation)

@@ -261,6 +261,7 @@ class Scheduler:
                 request.computed -= 1  # once more: its state is what the MTP layer's next row joins
             request.cached_tokens = min(request.computed, len(request.prompt))
             request.cache_version = request.weight_version = self.version
+            request.admitted = request.admitted or time.monotonic()
             self.running[request.rid] = request
             computing.update(request.chain)
             self.counters.prompt_tokens += len(request.prompt)

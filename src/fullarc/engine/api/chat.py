@@ -22,6 +22,7 @@ from fullarc.chat.openai import (
     read_tool_choice,
     read_tools,
 )
+from fullarc.chat.special import END_THINK
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
@@ -110,6 +111,14 @@ class Conversation:
         if forced is None and (several or not self.tools):
             return None
         return CallGuide(self.tok, self.tools or (), forced, self.thinking, several)
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts, those of thoughts told apart."""
+        end, thought = self.tok.id(END_THINK), 0
+        for request in self.requests if self.thinking else ():
+            output = request.output
+            thought += output.index(end) if end in output else len(output)
+        return usage(self.requests, 1) | {"completion_tokens_details": {"reasoning_tokens": thought}}
 
     def read(self, index: int) -> Turn:
         """What a finished sample says."""
@@ -201,7 +210,7 @@ class Chat:
         reply = head(self.service, conversation.name, "chat.completion", requests)
         if body.return_token_ids or body.return_prompt_token_ids:
             reply["prompt_token_ids"] = requests[0].prompt
-        return reply | {"choices": choices, "usage": usage(requests, 1)}
+        return reply | {"choices": choices, "usage": conversation.usage()}
 
     def _told(
         self, body: ChatBody, request: Request, turn: Turn | None, first: int, last: int
@@ -260,7 +269,7 @@ class Chat:
                     last = self._told(body, request, turn, *stream.untold()) | {"finish_reason": turn.finish}
                     yield before + dump(_chunk(stream.index, {}) | last) + behind
         if body.stream_options and body.stream_options.include_usage:
-            yield event(first | {"choices": [], "usage": usage(requests, 1)})
+            yield event(first | {"choices": [], "usage": conversation.usage()})
         yield DONE
 
 

@@ -42,6 +42,7 @@ class Latencies:
 
     def __init__(self) -> None:
         self.first_token, self.between_tokens, self.end_to_end = Histogram(), Histogram(), Histogram()
+        self.queued = Histogram()
         self.prompt, self.output = Histogram(_TOKENS), Histogram(_TOKENS)
         self.finished = {"stop": 0, "length": 0, "abort": 0}
 
@@ -49,6 +50,7 @@ class Latencies:
         """Count one finished request."""
         self.finished[request.finish] += 1
         sampled = len(request.logprobs)
+        self.queued.add((request.admitted or request.ended) - request.arrived)
         if request.first_token:
             self.first_token.add(request.first_token - request.arrived)
         if sampled > 1:
@@ -69,6 +71,8 @@ class Latencies:
         # the mean over a request's tokens, one observation a request
         yield from self.between_tokens.lines("sglang:inter_token_latency_seconds")
         yield from self.between_tokens.lines("vllm:request_time_per_output_token_seconds")
+        yield from self.queued.lines("sglang:queue_time_seconds")
+        yield from self.queued.lines("vllm:request_queue_time_seconds")
         yield from self.prompt.lines("vllm:request_prompt_tokens")
         yield from self.output.lines("vllm:request_generation_tokens")
         yield "# TYPE vllm:request_success_total counter"
@@ -86,6 +90,7 @@ def prometheus(s: Scheduler, latencies: Latencies, busy_s: float) -> str:
         "sglang:num_running_reqs": running,
         "sglang:num_queue_reqs": waiting,
         "sglang:num_paused_reqs": running if s.paused else 0,
+        "sglang:num_retracted_reqs": sum(request.retractions > 0 for request in list(s.waiting)),
         "sglang:num_used_tokens": used,
         "sglang:max_total_num_tokens": capacity,
         "sglang:token_usage": used / capacity,
