@@ -1,18 +1,23 @@
 """Weights while running: from folders, tensors and shared memory; whole or in parts; what becomes of those who run."""
 
+import asyncio
 import base64
 import concurrent.futures
 import hashlib
 import pickle
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from running import wait
 from safetensors.torch import save
 
+from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine
+from fullarc.engine.api.updates import UpdateBody, Updates
 from fullarc.model import load_model
 from fullarc.model.checkpoint import state_to_disk
 
@@ -70,6 +75,59 @@ def test_parts_are_one_update_between_begin_and_end(http, tensors, checkpoints):
     assert http.post("/end_weight_update", json={"weight_version": "4"}).json()["weight_version"] == "4"
     assert logprobs(generate(http)) == fresh(checkpoints["v1"])
     assert http.post("/end_weight_update", json={}).status_code == 400
+
+
+def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_refused():
+    """The engine's loop is not needed: `install` is replaced by what it would load."""
+    loaded, ready = [], threading.Event()
+
+    async def main():
+        updates = Updates.__new__(Updates)
+        updates._lock, updates._open = asyncio.Lock(), None
+        updates.staging = SimpleNamespace(from_tensors=lambda parts, _version: loaded.append(sorted(parts)))
+
+        async def install(load, _version, _policy):
+            async with updates._lock:
+                await asyncio.to_thread(load, "1")
+            return {}
+
+        def slow():
+            ready.wait(10)
+            return {"late": torch.zeros(1)}
+
+        def cut_off():
+            raise FullarcError("The trainer is gone.")
+
+        updates.install = install
+        keep = UpdateBody()
+        updates.open()
+        await updates.parts(lambda: {"early": torch.zeros(1)}, keep)
+        coming = asyncio.create_task(updates.parts(slow, keep))
+        await asyncio.sleep(0)
+        end = asyncio.create_task(updates.finish(keep))
+        await asyncio.sleep(0)
+        with pytest.raises(FullarcError, match="No weight update is open"):
+            await updates.finish(keep)
+        ready.set()
+        await asyncio.gather(coming, end)
+        assert loaded == [["early", "late"]]
+
+        updates.open()
+        failing = asyncio.create_task(updates.parts(cut_off, keep))
+        await asyncio.sleep(0)
+        with pytest.raises(FullarcError, match="A part of this update failed"):
+            await updates.finish(keep)
+        with pytest.raises(FullarcError, match="The trainer is gone"):
+            await failing
+
+        updates.open()
+        first = updates._open
+        updates.open()
+        with pytest.raises(FullarcError, match="ended before"):
+            first.add({})
+        assert loaded == [["early", "late"]]
+
+    asyncio.run(main())
 
 
 def test_a_part_alone_changes_only_itself_and_later_parts_build_on_it(http, tensors, checkpoints, tmp_path):

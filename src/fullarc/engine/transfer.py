@@ -134,7 +134,7 @@ class Group:
             Path(path).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; any thread may call it, and a waiting one is told."""
         self._child.kill()
         threading.Thread(target=self._child.wait, daemon=True).start()  # no zombie, and nobody waits
 
@@ -147,9 +147,11 @@ class Group:
         with contextlib.suppress(OSError):  # it has just died
             self._child.stdin.write(json.dumps(order).encode() + b"\n")
             self._child.stdin.flush()
+        ready = select.poll()
+        ready.register(self._child.stdout, select.POLLIN)
         end, line = time.monotonic() + timeout_s, b""
         while not line.endswith(b"\n") and (left := end - time.monotonic()) > 0:
-            if select.select([self._child.stdout], [], [], left)[0]:
+            if ready.poll(left * 1000):
                 part = os.read(self._child.stdout.fileno(), 2**16)
                 if not part:
                     why = "another number of bytes came, or the receiver was killed"

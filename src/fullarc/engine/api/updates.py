@@ -92,18 +92,21 @@ class NameBody(BaseModel):
 
 
 class _Session:
-    """The parts of an open update."""
+    """The parts of an open update. `over`: nothing is added any more."""
 
     def __init__(self) -> None:
         self._parts: dict[str, Tensor] = {}
-        self.failed = ""
+        self.failed, self.over = "", False
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Keep some more."""
+        """Keep some more. Raises FullarcError when it is too late."""
+        if self.over:
+            raise FullarcError("The update ended before this part had come.", "Begin it again.")
         self._parts |= parts
 
     def whole(self) -> dict[str, Tensor]:
-        """All of them. Raises FullarcError if some are missing."""
+        """All of them, and the end. Raises FullarcError if some are missing."""
+        self.over = True
         if self.failed:
             raise FullarcError(f"A part of this update failed: {self.failed}", "Begin it again.")
         return self._parts
@@ -213,6 +216,8 @@ class Updates:
 
     def open(self) -> None:
         """From now on parts are collected."""
+        if self._open is not None:
+            self._open.over = True
         self._open = _Session()
 
     async def finish(self, body: UpdateBody) -> dict[str, Any]:
@@ -220,10 +225,10 @@ class Updates:
         session, self._open = self._open, None
         if session is None:
             raise FullarcError("No weight update is open.", "Begin one first.")
-        parts = session.whole()
-        return await self.install(
-            lambda version: self.staging.from_tensors(parts, version), body.weight_version, body.policy
-        )
+        return await self.install(  # whole() behind the lock: parts that are still coming belong to it
+            lambda version: self.staging.from_tensors(session.whole(), version),
+            body.weight_version, body.policy,
+        )  # fmt: skip
 
     async def begin(self, _http: HttpRequest) -> Response:
         """From now on parts are collected."""
