@@ -44,6 +44,8 @@ def test_clients_differ():
         {"role": "user", "content": [{"type": "image_url"}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
         {"role": "assistant", "tool_calls": ["f"]},
+        {"role": "assistant", "tool_calls": [{"function": None}]},
+        {"role": "assistant", "tool_calls": [{"function": ["f"]}]},
         {"role": "user", "content": "x", "loss": 1},
     ],
 )

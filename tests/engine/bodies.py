@@ -3,6 +3,10 @@
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 HELLO = [{"role": "user", "content": "hello"}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+TALK = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "so", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c", "content": "1"}]  # fmt: skip
 SAMPLING = {"max_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2, "seed": 1,
             "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0}, "frequency_penalty": 0.1,
             "presence_penalty": 0.1, "repetition_penalty": 1.1, "min_tokens": 1}  # fmt: skip
@@ -15,6 +19,13 @@ GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "wor
 TENSORS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g", "load_format": "flattened_bucket",
            "kv_policy": "keep", "weight_version": "1", "abort_all_requests": False}  # fmt: skip
 ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+ANTHROPIC_TALK = [
+    *HELLO,
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": "so", "signature": ""}, {"type": "text", "text": "a"},
+                                      {"type": "tool_use", "id": "c", "name": "f", "input": {"n": 1}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]},
+                                 {"type": "text", "text": "b"}]},
+]  # fmt: skip
 # dialects that generate come first: a full queue must be a 429 in each
 GENERATE = [
     ("/generate", {"input_ids": IDS, "sampling_params": NATIVE, "return_logprob": True, "logprob_start_len": 0,
@@ -29,22 +40,22 @@ GENERATE = [
                                 "return_sampling_mask": True}),
     ("/v1/completions", SAMPLING | {"prompt": "hello", "logprobs": 2, "echo": True, "return_routed_experts": True,
                                     "stream_options": {"include_usage": True}, "return_token_ids": True}),
-    ("/v1/chat/completions", SAMPLING | {"messages": HELLO, "tools": [TOOL], "logprobs": True, "top_logprobs": 2,
+    ("/v1/chat/completions", SAMPLING | {"messages": TALK, "tools": [TOOL], "logprobs": True, "top_logprobs": 2,
                                          "chat_template_kwargs": {"enable_thinking": True}, "tool_choice": "auto",
                                          "parallel_tool_calls": False, "logit_bias": {}, "reasoning_effort": "low"}),
-    ("/v1/messages", {"max_tokens": 3, "messages": HELLO, "system": "s", "thinking": {"type": "enabled"},
+    ("/v1/messages", {"max_tokens": 3, "messages": ANTHROPIC_TALK, "system": "s", "thinking": {"type": "enabled"},
                       "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "tool", "name": "f"},
                       "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1,
                       "output_config": {"effort": "low"}}),
 ]  # fmt: skip
 GOOD = [
     *GENERATE,
-    ("/v1/messages/count_tokens", {"messages": HELLO, "system": [{"type": "text", "text": "s"}]}),
+    ("/v1/messages/count_tokens", {"messages": ANTHROPIC_TALK, "system": [{"type": "text", "text": "s"}]}),
     ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [1], "apply_softmax": True}),
     ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}),
     ("/encode", {"input_ids": [IDS, IDS]}),
     ("/tokenize", {"prompt": "a", "return_token_strs": True}),
-    ("/v1/tokenize", {"messages": HELLO, "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}),
+    ("/v1/tokenize", {"messages": TALK, "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}),
     ("/detokenize", {"tokens": IDS}),
     ("/v1/detokenize", {"tokens": [IDS], "skip_special_tokens": True}),
     ("/parse_function_call", {"text": "<tool_call>f</tool_call>", "tools": [TOOL], "tool_call_parser": "glm47"}),

@@ -144,8 +144,9 @@ def _text(content: Any) -> str:
 
 
 def _call(data: Any) -> ToolCall:
-    function = data.get("function", data) if isinstance(data, Mapping) else {}
-    name, arguments = function.get("name"), function.get("arguments", {})
+    function = data.get("function", data) if isinstance(data, Mapping) else None
+    known: Mapping[str, Any] = function if isinstance(function, Mapping) else {}
+    name, arguments = known.get("name"), known.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
