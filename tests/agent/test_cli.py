@@ -204,12 +204,15 @@ def start(*argv: str) -> tuple[subprocess.Popen[str], str]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_serve_answers_and_ends_cleanly(run_dir: Path, url: str, how: int) -> None:
     process, base = start(str(run_dir), "--engine", url)
-    client = openai.OpenAI(base_url=base, api_key="any", max_retries=0)
-    reply = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "hi"}])
-    assert reply.choices[0].message.content == "hello" and reply.model == "agentic_rl"
-    client.close()
-    process.send_signal(how)
-    assert process.wait(10) == 0
+    try:
+        client = openai.OpenAI(base_url=base, api_key="any", max_retries=0)
+        reply = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "hi"}])
+        assert reply.choices[0].message.content == "hello" and reply.model == "agentic_rl"
+        client.close()
+        process.send_signal(how)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
 
 
 def save(folder: Path, tok: Tokenizer, positions: int = 256) -> Path:

@@ -19,13 +19,14 @@ GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "wor
 TENSORS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g", "load_format": "flattened_bucket",
            "kv_policy": "keep", "weight_version": "1", "abort_all_requests": False}  # fmt: skip
 ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+SAID = [{"type": "thinking", "thinking": "so", "signature": ""}, {"type": "text", "text": "a"},
+        {"type": "tool_use", "id": "c", "name": "f", "input": {"n": 1}}]  # fmt: skip
+RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]}
 ANTHROPIC_TALK = [
     *HELLO,
-    {"role": "assistant", "content": [{"type": "thinking", "thinking": "so", "signature": ""}, {"type": "text", "text": "a"},
-                                      {"type": "tool_use", "id": "c", "name": "f", "input": {"n": 1}}]},
-    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]},
-                                 {"type": "text", "text": "b"}]},
-]  # fmt: skip
+    {"role": "assistant", "content": SAID},
+    {"role": "user", "content": [RESULT, {"type": "text", "text": "b"}]},
+]
 # dialects that generate come first: a full queue must be a 429 in each
 GENERATE = [
     ("/generate", {"input_ids": IDS, "sampling_params": NATIVE, "return_logprob": True, "logprob_start_len": 0,
