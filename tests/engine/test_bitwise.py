@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from fullarc.engine import Engine
+from fullarc.config.errors import FullarcError
+from fullarc.engine import Engine, determinism
 from fullarc.engine.backend import forward_pass, prepare
 from fullarc.engine.core import Chunk
 
@@ -124,3 +125,25 @@ def test_runs_that_are_computed_together_keep_their_bits(shaped, kernels):
         assert len(batch.grids) < len(pieces)
     ends = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.ids))]
     assert torch.equal(core.logits(core.forward(pieces), list(range(len(ends)))), whole[ends])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_determinism_is_shown_where_it_is_insisted_on(shaped, kernels, dtype):
+    engine = Engine(shaped[1], max_batch=4, max_len=256, kernels=kernels, dtype=dtype, deterministic=True)
+    fresh = Engine(shaped[1], max_batch=4, max_len=256, kernels=kernels, dtype=dtype)
+    assert same(engine.generate([LONG], 5, stop_ids=())[0], fresh.generate([LONG], 5, stop_ids=())[0])
+
+
+@pytest.mark.parametrize("fault", ["by batch", "by length"])
+def test_what_depends_on_the_batch_is_found_at_the_start(shaped, kernels, monkeypatch, fault):
+    core = forward_pass(prepare(shaped[0], kernels=kernels), 4, 256)
+    forward = core.forward
+
+    def faulty(chunks, trace=None):
+        states = forward(chunks, trace)
+        odd = len(chunks) % 2 == 0 if fault == "by batch" else len(chunks[0].ids) == 1
+        return states * (1 + 2e-7) if odd else states
+
+    monkeypatch.setattr(core, "forward", faulty)
+    with pytest.raises(FullarcError, match="differ from those of one prefill"):
+        determinism.check(core)

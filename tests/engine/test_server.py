@@ -329,30 +329,6 @@ def test_fullarc_serve_hands_on_every_option_of_the_engines_server():
     assert engines - own == {name for name, _, _ in ENGINE_OPTIONS}
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-def test_determinism_is_asked_of_the_forward_pass(checkpoints, monkeypatch, kernels):
-    from fullarc.config.errors import FullarcError
-    from fullarc.engine.core import Core
-    from fullarc.engine.native import NativeCore
-
-    kind, asked = NativeCore if kernels == "native" else Core, []
-    monkeypatch.setattr(kind, "check_deterministic", lambda core: asked.append(core), raising=False)
-    engine = Engine(checkpoints["v0"], max_batch=1, max_len=64, kernels=kernels, deterministic=True)
-    assert asked == [engine.scheduler.core] and engine.deterministic
-    Engine(checkpoints["v0"], max_batch=1, max_len=64, kernels=kernels)
-    assert len(asked) == 1
-
-    def refuse(_core):
-        raise FullarcError("It is not.")
-
-    monkeypatch.setattr(kind, "check_deterministic", refuse)
-    with pytest.raises(FullarcError, match="It is not"):
-        Engine(checkpoints["v0"], max_batch=1, max_len=64, kernels=kernels, deterministic=True)
-    monkeypatch.delattr(kind, "check_deterministic")
-    with pytest.raises(FullarcError, match="does not say"):
-        Engine(checkpoints["v0"], max_batch=1, max_len=64, kernels=kernels, deterministic=True)
-
-
 @pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--model", "/nowhere"]])
 def test_a_wrong_start_is_one_sentence(checkpoints, arguments, capsys):
     from fullarc.engine.server import main

@@ -12,7 +12,8 @@ import torch
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
-from fullarc.engine.backend import ForwardPass, Weights, forward_pass, kernels_of, prepare, resolve
+from fullarc.engine import determinism
+from fullarc.engine.backend import Weights, forward_pass, kernels_of, prepare, resolve
 from fullarc.engine.draft import Drafter
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
@@ -71,16 +72,6 @@ def same_shape(new: Weights, old: Weights) -> None:
             )
 
 
-def _check_deterministic(core: ForwardPass) -> None:
-    """Raise FullarcError unless the forward pass says that it is."""
-    check = getattr(core, "check_deterministic", None)
-    if check is None:
-        raise FullarcError(
-            f"{type(core).__name__} does not say that it is deterministic.", "Leave out --deterministic."
-        )
-    check()
-
-
 class Engine:
     """A model loaded for generation.
 
@@ -96,7 +87,7 @@ class Engine:
         kernels: "native" (in C, compiled on first use), "torch", or "auto": native where there is a compiler.
         rejection: accept drafts by rejection sampling: more of them at temperatures above 0, and other tokens (of the
             same distribution) than without drafts.
-        deterministic: insist on a forward pass that is equal to the bit in prefill, decoding, any batch and scoring.
+        deterministic: show at the start that prefill, decoding, any batch and scoring are equal to the bit here.
 
     Raises FullarcError if the folder is not a valid checkpoint, has no MTP layer to draft with, or is not computed so.
     """
@@ -122,7 +113,7 @@ class Engine:
         core = forward_pass(weights, max_batch, longest, drafts, threads)
         self.deterministic = deterministic
         if deterministic:
-            _check_deterministic(core)
+            determinism.check(core)
         drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
         self.scheduler = Scheduler(
             core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, drafter=drafter
