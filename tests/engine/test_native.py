@@ -43,6 +43,7 @@ def packed(weight, dtype="fp32", scale=None):
 
 def integers(inputs, outputs, bits):
     q, scale = quantize(randn(outputs, inputs), QuantScheme(bits, 0, tokens=True))
+    scale[1::2] *= -1  # auto-round's are of either sign
     q[0], q[-1] = 2 ** (bits - 1) - 1, -(2 ** (bits - 1))
     return dequantize(q, scale), scale, q
 

@@ -121,7 +121,7 @@ class Packer:
             return Matrix(BF16, inputs, outputs, self._panels(F.pad(weight, (0, inputs % 2)).bfloat16()))
         assert part.scale is not None
         scale = F.pad(part.scale.flatten(), (0, outputs - len(part.scale)))
-        q = (weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int32)
+        q = (weight / scale.where(scale != 0, 1.0)[:, None]).round().to(torch.int32)
         bias = self.arena.keep(q.sum(1, dtype=torch.int32) * ZERO_POINT)
         if q.min() >= -NIBBLE and q.max() < NIBBLE:
             words = F.pad(q, (0, -inputs % 8)).unflatten(1, (-1, 2, 4)) + NIBBLE
