@@ -130,3 +130,63 @@ def test_an_area_has_its_own_options(monkeypatch, capsys):
         assert "unrecognized arguments" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no bench 'nothing'"):
         bench.main(["nothing"])
+
+
+# --- areas that tell their claims as they come ---------------------------------------------------------------------
+
+
+def told_one_by_one(monkeypatch, claims, partial=True):
+    """An area whose measurement is interrupted where a claim is None."""
+
+    def one_by_one():
+        for one in claims:
+            if one is None:
+                raise KeyboardInterrupt
+            yield one
+
+    by_hand(monkeypatch, measure=lambda options: {"claims": one_by_one(), "partial": partial})
+
+
+def kept():
+    return {one["name"]: one["value"] for one in bench.stored("hand")["claims"]}
+
+
+def test_an_interrupted_run_keeps_what_it_measured_and_what_was_there(rerun, monkeypatch, capsys):
+    rerun("--save")
+    told_one_by_one(monkeypatch, [claim(SPEED, 4.0, "x", "", True), claim("new", 1.0, "x", "", True), None])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["hand", "--save"])
+    assert kept() == KEPT | {SPEED: 4.0, "new": 1.0}
+    assert [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()[-2:]] == [SPEED, "new"]
+
+
+def test_a_part_replaces_only_what_it_measured(rerun, monkeypatch, capsys):
+    rerun("--save")
+    part = [claim(SPEED, None, "x", "", None), claim(SHARE, 73.0, "%", "", True, gated=True)]
+    told_one_by_one(monkeypatch, part + [claim("never", None, "x", "", None)])
+    capsys.readouterr()
+    assert bench.main(["hand", "--save", "--json"]) == 0
+    assert kept() == KEPT | {SHARE: 73.0, "never": None}
+    claims = claims_of(capsys)
+    assert list(claims) == [SPEED, SHARE, "never"] and claims[SHARE]["baseline"] == 80.0
+
+
+def test_a_regression_is_one_although_the_run_saves_as_it_goes(rerun, monkeypatch):
+    rerun("--save")
+    told_one_by_one(
+        monkeypatch, [claim(SPEED, 2.0, "x", "", True), claim(MEMORY, 9.0, "x", "", True, better="lower")]
+    )
+    assert bench.main(["hand", "--save"]) == 1
+    assert bench.stored("hand")["claims"][1]["regression"]
+
+
+def test_a_whole_run_or_another_machine_replaces_everything(rerun, monkeypatch):
+    rerun("--save")
+    told_one_by_one(monkeypatch, [claim(SPEED, 4.0, "x", "", True)], partial=False)
+    bench.main(["hand", "--save"])
+    assert kept() == {SPEED: 4.0}
+    path = bench.BASELINES / "hand.json"
+    path.write_text(path.read_text().replace(bench.machine()["cpu"], "another"))
+    told_one_by_one(monkeypatch, [claim("new", 1.0, "x", "", True)])
+    bench.main(["hand", "--save"])
+    assert kept() == {"new": 1.0}

@@ -2,19 +2,22 @@
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
 fullarc bench train|dsa|topk [--json] [--save]
-fullarc bench engine [--part NAME…] [--size tiny|2m] [--checkpoint DIR] [--json] [--save]
+fullarc bench engine [--part NAME…] [--size tiny|2m] [--checkpoint DIR] [--peers FOLDER] [--json] [--save]
+fullarc bench quantize CHECKPOINT [--peers FOLDER] [--json] [--save]
 fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
 `--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
 turn fails when it is more than TOLERANCE worse than what was kept, whatever its target says. Seconds, bytes and scores
-never fail for that: they depend on the machine and on what else it does. A new area is an entry of AREAS.
+never fail for that: they depend on the machine and on what else it does. An area that yields its claims tells each on
+stderr as it comes and saves it at once; a part of an area replaces its own claims in the file. A new area is an entry
+of AREAS.
 """
 
 import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +36,12 @@ AREAS = {
     "dsa": "sparse against dense attention, by length",
     "topk": "a forward pass against decoding, with and without a rule for ties",
     "paper": "the paper's ablation tables in miniature",
-    "engine": "the engine against transformers, and with itself",
+    "engine": "the engine against transformers and llama.cpp, and with itself",
+    "quantize": "what quantisation costs, beside llm-compressor and auto-round at the same bits",
 }
 """Each is a module `bench_AREA` with `measure(options)`, from its options to {"claims": […]} with "machine" where that
-is not this one, and where it needs them `options(parser)`, which adds its own, and `show(result)`, for a terminal."""
+is not this one and "partial" where these are not all that it has, and where it needs them `options(parser)`, which adds
+its own, and `show(result)`, for a terminal."""
 
 
 def _area(name: str) -> ModuleType:
@@ -75,8 +80,18 @@ def run(area: str, argv: Sequence[str] = ()) -> dict[str, Any]:
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     area = arguments.area
-    result = {"area": area, "machine": machine()} | _area(area).measure(arguments)
-    compare(result["claims"], stored(area))
+    before, found = stored(area), _area(area).measure(arguments)
+    whole = {"area": area, "machine": machine()} | found
+    if not isinstance(found["claims"], Iterator):
+        compare(found["claims"], before)
+        return whole
+    result = whole | {"claims": []}
+    for one in found["claims"]:
+        compare([one], before)
+        result["claims"].append(one)
+        print(f"{_mark(one)}  {_named(one)}  {_value(one)}  {one['target']}", file=sys.stderr, flush=True)
+        if arguments.save:
+            save(result | {"partial": True})
     return result
 
 
@@ -108,24 +123,45 @@ def stored(area: str, folder: Path = BASELINES) -> dict[str, Any] | None:
 
 
 def save(result: dict[str, Any], folder: Path = BASELINES) -> Path:
-    """Keep a result as the baseline of its area; returns the file."""
-    path = folder / f"{result['area']}.json"
-    atomic_write(path, json.dumps(result, indent=1) + "\n")
+    """Keep a result as the baseline of its area; returns the file.
+
+    A partial one replaces the claims that it measured, if the others come from the same machine.
+    """
+    path, before = folder / f"{result['area']}.json", stored(result["area"], folder)
+    kept = {key: value for key, value in result.items() if key != "partial"}
+    if result.get("partial") and before and before["machine"] == kept["machine"]:
+        old = {one["name"]: one for one in before["claims"]}
+        new = {
+            one["name"]: one for one in kept["claims"] if one["value"] is not None or one["name"] not in old
+        }
+        kept["claims"] = list((old | new).values())
+    atomic_write(path, json.dumps(kept, indent=1) + "\n")
     return path
+
+
+def _mark(one: dict[str, Any]) -> str:
+    return "REGRESSION" if one.get("regression") else {True: "ok", False: "MISS", None: "?"}[one["ok"]]
+
+
+def _named(one: dict[str, Any]) -> str:
+    return one["name"] + (f" ({', '.join(dict.fromkeys(one['detail']))})" if one.get("detail") else "")
+
+
+def _value(one: dict[str, Any]) -> str:
+    return "not measured" if one["value"] is None else f"{one['value']:g} {one['unit']}"
 
 
 def table(result: dict[str, Any]) -> str:
     """The claims as text for a terminal."""
     rows = [("", "claim", "value", "baseline", "target", "spread", "seeds")]
     for one in result["claims"]:
-        mark = "REGRESSION" if one.get("regression") else {True: "ok", False: "MISS", None: "?"}[one["ok"]]
+        mark = _mark(one)
         told = one["spread"]
         between = f"{told['min']:g} to {told['max']:g}" if told and told["n"] > 1 else "–"
-        value = "not measured" if one["value"] is None else f"{one['value']:g} {one['unit']}"
+        value = _value(one)
         baseline = "–" if one["baseline"] is None else f"{one['baseline']:g}"
-        detail = f" ({', '.join(dict.fromkeys(one['detail']))})" if one.get("detail") else ""
         seeds = str(len(one["seeds"]))
-        rows.append((mark, one["name"] + detail, value, baseline, one["target"], between, seeds))
+        rows.append((mark, _named(one), value, baseline, one["target"], between, seeds))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
