@@ -1,12 +1,12 @@
 """`fullarc bench engine`: is the engine the one to choose for this model on a CPU?
 
-The other side is transformers' own forward pass with its cache, which is what `generate` calls for every token, with
-the same weights and prompts in the same process. Sides are measured in turn, one thread, medians of REPEATS after one
-warm-up; the claims are ratios, because seconds drift. Sizes: the small GLM-5 that all peers have been measured with
-(`TINY`) and the laptop's.
+Against others: `bench_engine_peers` (transformers, llama.cpp) and, where it is asked for, `bench_engine_vllm`. Against
+itself: what a long context, drafts, a conversation, a second process, HTTP (`bench_engine_http`) and new weights cost.
+One thread, sides in turn, medians of REPEATS; the claims are ratios, because seconds drift. Sizes: the small GLM-5 that
+all peers have been measured with (`TINY`) and the laptop's.
 
 What needs a model that has learnt something (drafts) takes `--checkpoint`; its prompts are the held-out texts of the
-run that the checkpoint belongs to. llama.cpp is not a side of this bench.
+run that the checkpoint belongs to.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,29 +23,20 @@ from typing import Any
 import torch
 
 from fullarc.chat import Tokenizer
-from fullarc.config.model import ModelConfig, preset
-from fullarc.engine import Engine, SamplingParams, mtp_accept_length
-from fullarc.engine.core import Chunk, Core
+from fullarc.engine import Engine, mtp_accept_length
+from fullarc.engine.backend import ForwardPass, forward_pass, prepare
+from fullarc.engine.core import Chunk
 from fullarc.engine.engine import load_weights
-from fullarc.engine.request import Request
-from fullarc.engine.weights import prepare
-from fullarc.evals import bench_engine_http
+from fullarc.evals import bench_engine_http, bench_engine_vllm
 from fullarc.evals.bench import claim
-from fullarc.evals.bench_train import in_turn, transformers_config
-from fullarc.model import GlmMoeDsa, load_model, save_model
+from fullarc.evals.bench_engine_peers import REPEATS, SIZES, STEPS, Ours, against, prompts, saved
+from fullarc.evals.bench_train import in_turn
+from fullarc.model import load_model
 from fullarc.train.parallel import Ranks, launch
 
-REPEATS = 5
-STEPS = 8  # decoding steps a measurement
-TINY = ModelConfig(
-    vocab_size=4096, hidden_size=256, num_hidden_layers=8, first_k_dense_replace=1, intermediate_size=512,
-    num_attention_heads=4, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
-    n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=128, index_n_heads=4,
-    index_head_dim=64, index_topk=256, max_position_embeddings=66_560, eos_token_id=(0,), pad_token_id=0,
-)  # fmt: skip
-DECODE = ((1, 512, 5.0), (1, 8192, 10.0), (16, 512, 6.0), (64, 512, 6.0))
-PREFILL = ((512, 2.0), (2048, 5.0), (8192, 20.0))
 PARTS = ("peers", "long", "drafts", "turns", "processes", "http", "update")
+ASKED = ("vllm",)
+"""Parts that are measured only when they are named."""
 LONG, LONGER, DENSE_AT = 4096, 65_536, 32_768
 DRAFTS = 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 64, 64
@@ -55,133 +45,45 @@ TURNS, TURN_TOKENS, ANSWER_TOKENS = 8, 64, 32
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The area's own options."""
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
     parser.add_argument(
-        "--size", action="append", choices=("tiny", "2m"), help="of the peers; may be repeated"
+        "--part", action="append", choices=(*PARTS, *ASKED), help="only this one; may be repeated"
     )
+    parser.add_argument("--size", action="append", choices=SIZES, help="of the peers; may be repeated")
     parser.add_argument("--checkpoint", type=Path, help="a trained one, for what drafts bring")
+    parser.add_argument(
+        "--peers", type=Path, metavar="FOLDER", help="where environments of other programs are, or are made"
+    )
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
-    """All claims, or those of the chosen parts."""
+    """All claims, or those of the chosen parts, as they are measured."""
     torch.set_num_threads(1)
-    out: list[dict[str, Any]] = []
-    parts, sizes = chosen.part or PARTS, chosen.size or ("tiny", "2m")
+    whole = chosen.peers and chosen.checkpoint and not chosen.part and not chosen.size
+    return {"claims": _claims(chosen), "partial": not whole}
+
+
+def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="fullarc-bench-") as root:
-        folders = {size: _saved(size, Path(root)) for size in ("tiny", "2m")}
-        for part in parts:
+        folders = {size: saved(size, Path(root)) for size in SIZES}
+        trained = chosen.checkpoint or folders["2m"]
+        for part in chosen.part or PARTS:
             if part == "peers":
-                for size in sizes:
-                    out += against_transformers(size, folders[size])
+                for size in chosen.size or SIZES:
+                    yield from against(size, folders[size], chosen.peers)
             elif part == "long":
-                out += long_contexts(folders["tiny"])
+                yield from long_contexts(folders["tiny"])
             elif part == "drafts":
-                out += drafts(chosen.checkpoint)
+                yield from drafts(chosen.checkpoint)
             elif part == "turns":
-                out += turns(folders["tiny"])
+                yield from turns(folders["tiny"])
             elif part == "processes":
-                out += processes(folders["2m"])
+                yield from processes(folders["2m"])
             elif part == "http":
-                out += bench_engine_http.claims(chosen.checkpoint or folders["2m"])
+                yield from bench_engine_http.claims(trained)
+            elif part == "update":
+                yield from update(trained)
             else:
-                out += update(chosen.checkpoint or folders["2m"])
-    return {"claims": out}
-
-
-def _saved(size: str, root: Path) -> Path:
-    """A folder with random weights; in "2m" the shape has room for the longest measurement."""
-    config = TINY if size == "tiny" else preset("2m").model_copy(update={"max_position_embeddings": 66_560})
-    save_model(GlmMoeDsa(config).init_weights(0), root / size)
-    return root / size
-
-
-def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
-    """Random prompts, the same for all sides."""
-    ids = torch.randint(1, vocab, (count, length), generator=torch.Generator().manual_seed(length))
-    return ids.tolist()
-
-
-# --- sides ------------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """An engine without a prefix cache."""
-
-    def __init__(self, folder: Path, batch: int, length: int) -> None:
-        self.engine = Engine(folder, batch, length + 1024, prefix_tokens=0)
-
-    def prefill(self, batch: list[list[int]]) -> None:
-        """Prompts to their first token."""
-        self.engine.generate(batch, 1, temperature=0.0, stop_ids=())
-
-    def start(self, batch: list[list[int]]) -> None:
-        """Bring all sequences to their first token and leave them running."""
-        scheduler = self.engine.scheduler
-        params = SamplingParams(max_new_tokens=1 << 20, temperature=0.0)
-        self.requests = [Request(str(n), prompt, params) for n, prompt in enumerate(batch)]
-        for request in self.requests:
-            scheduler.submit(request)
-        while not all(request.logprobs for request in self.requests):
-            scheduler.step()
-
-    def decode(self) -> None:
-        """STEPS more tokens for every sequence."""
-        for _ in range(STEPS):
-            self.engine.scheduler.step()
-
-
-class Theirs:
-    """transformers' model of the same weights, and its cache."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        config = transformers_config(load_model(folder).config)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def prefill(self, batch: list[list[int]]) -> None:
-        """Prompts to their first token."""
-        out = self.model(torch.tensor(batch), use_cache=True, logits_to_keep=1)
-        self.cache, self.next = out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-    start = prefill
-
-    @torch.inference_mode()
-    def decode(self) -> None:
-        """STEPS more tokens for every sequence."""
-        for _ in range(STEPS):
-            out = self.model(self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.next = out.logits[:, -1:].argmax(-1)
-
-
-def against_transformers(size: str, folder: Path) -> list[dict[str, Any]]:
-    """Decoding and prefill, side by side."""
-    theirs, out = Theirs(folder), []
-    vocab = theirs.model.config.vocab_size
-    for batch, context, target in DECODE:
-        ids, ours = prompts(batch, context, vocab), Ours(folder, batch, context)
-        ours.start(ids)
-        theirs.start(ids)
-        mine, plain = in_turn([ours.decode, theirs.decode], REPEATS)
-        out.append(
-            _ratio(f"{size}: decode, batch {batch}, context {context:,}: against transformers", mine, plain, target,
-                   batch * STEPS)
-        )  # fmt: skip
-    for length, target in PREFILL:
-        ids, ours = prompts(1, length, vocab), Ours(folder, 1, length)
-        mine, plain = in_turn([_with(ours.prefill, ids), _with(theirs.prefill, ids)], REPEATS)
-        out.append(_ratio(f"{size}: prefill {length:,}: against transformers", mine, plain, target, length))
-    return out
-
-
-def _with(call: Callable[[list[list[int]]], None], ids: list[list[int]]) -> Callable[[], None]:
-    return lambda: call(ids)
-
-
-def _ratio(name: str, mine: float, plain: float, target: float, tokens: int) -> dict[str, Any]:
-    detail = f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s"
-    return claim(name, plain / mine, "x", f">= {target:g}", plain / mine >= target, detail)
+                yield from bench_engine_vllm.claims(chosen.peers, Path(root))
 
 
 # --- long contexts ----------------------------------------------------------------------------------------------
@@ -189,16 +91,21 @@ def _ratio(name: str, mine: float, plain: float, target: float, tokens: int) -> 
 
 def long_contexts(folder: Path) -> list[dict[str, Any]]:
     """How decoding grows with the context, and what sparse attention saves; the caches hold random numbers."""
-    weights = prepare(load_model(folder))
-    config = weights.config
-    core = Core(weights, 1, LONGER + 32)
-    core.cache.keys.normal_(generator=torch.Generator().manual_seed(0))
-    core.cache.values.normal_(generator=torch.Generator().manual_seed(1))
-    dense = Core(replace(weights, config=config.model_copy(update={"index_topk": LONGER * 2})), 1, 1)
-    dense.cache = core.cache
-    query = torch.randn(config.index_n_heads, config.index_head_dim)
+    model = load_model(folder)
+    config = model.config
+    core = forward_pass(prepare(model), 1, LONGER + 32)
+    model.config = config.model_copy(update={"index_topk": LONGER * 2})
+    dense = forward_pass(prepare(model), 1, LONGER + 32)
+    generator = torch.Generator().manual_seed(0)
+    width = config.kv_lora_rank + config.qk_rope_head_dim + config.index_head_dim
+    for start in range(0, LONGER, LONG):
+        kept = torch.randn(config.num_hidden_layers, LONG, width, generator=generator)
+        for one in (core, dense):
+            one.cache.write(0, start, kept)
+    query = torch.randn(config.index_head_dim, config.index_n_heads)
+    keys = torch.randn(config.num_hidden_layers, LONGER, config.index_head_dim, generator=generator)
 
-    def at(core: Core, length: int) -> Callable[[], None]:
+    def at(core: ForwardPass, length: int) -> Callable[[], None]:
         def steps() -> None:
             for _ in range(STEPS):
                 core.logits(core.forward([Chunk(0, length - 1, [1])]), [0])
@@ -208,8 +115,8 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
     def scan(length: int) -> Callable[[], None]:
         def steps() -> None:
             for _ in range(STEPS):
-                for layer in core.cache.keys:
-                    torch.mm(query, layer[0, -config.index_head_dim :, :length])
+                for layer in keys:
+                    torch.mm(layer[:length], query)  # the faster way round
 
         return steps
 

@@ -105,15 +105,18 @@ class Theirs:
         self.optimizer.step()
 
 
-def in_turn(sides: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Median seconds of each side, measured in turn after one warm-up."""
+def in_turn(sides: Sequence[Callable[[], Any]], repeats: int, warm: bool = True) -> list[float]:
+    """Median seconds of each side, measured in turn, with `warm` after one round that does not count.
+
+    A side that returns a float has measured itself, in seconds.
+    """
     times: list[list[float]] = [[] for _ in sides]
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm):
         for side, taken in zip(sides, times, strict=True):
             began = time.perf_counter()
-            side()
-            if turn:
-                taken.append(time.perf_counter() - began)
+            told = side()
+            if turn >= warm:
+                taken.append(told if isinstance(told, float) else time.perf_counter() - began)
     return [statistics.median(taken) for taken in times]
 
 
