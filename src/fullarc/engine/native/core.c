@@ -135,6 +135,39 @@ API void fullarc_logprobs(float *logits, int64_t ld, int rows, int vocab, const 
     }
 }
 
+/* What the MTP layer guesses for `count` sequences, up to wanted[i] tokens each: tokens [steps][count].
+
+   `states` [count, hidden'] are its states of the last known tokens, and are overwritten; the first guess of sequence i
+   stands at positions[i]. Each guess is drawn at its temperature with u [steps][count]. `memory`: fullarc_room for
+   `count` rows; `numbers`: (count + 2) * vocab' + 4 * count of them. */
+API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps, float *states, const int32_t *slots,
+                       const int32_t *positions, const int32_t *wanted, const float *temperatures, const double *u, int vocab,
+                       int threads, char *memory, float *numbers, int32_t *tokens) {
+    int64_t hidden = WHOLE(m->hidden), width = m->head.part[0].outputs;
+    float *logits = numbers, *rows = logits + count * width, unused;
+    int32_t *ids = (int32_t *)(rows + 2 * width), *slot = ids + count, *position = slot + count, *owner = position + count;
+    int left = 0;
+    for (int i = 0; i < count; i++)
+        if (wanted[i] > 0) memmove(states + left * hidden, states + i * hidden, hidden * sizeof(float)), owner[left++] = i;
+    for (int depth = 0; depth < steps && left; depth++) {
+        if (depth) fullarc_forward(m, cache, left, ids, slot, position, states, threads, memory, states, 0, 0);
+        Step s = {.rows = left};
+        room(m, left, cache->tiles * TILE, threads, &s, memory);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        product(&m->head, states, hidden, left, logits, width, &s);
+        int kept = 0;
+        for (int r = 0; r < left; r++) {
+            int i = owner[r];
+            int32_t token = draw(logits + r * width, vocab, temperatures[i], u[depth * count + i], rows, &unused);
+            tokens[depth * count + i] = token;
+            if (wanted[i] <= depth + 1) continue;
+            memmove(states + kept * hidden, states + r * hidden, hidden * sizeof(float));
+            owner[kept] = i, ids[kept] = token, slot[kept] = slots[i], position[kept++] = positions[i] + depth;
+        }
+        left = kept;
+    }
+}
+
 /* A token and its log-prob for each row of `logits` [rows, vocab], `ld` apart (whole vectors); `room`: two rows. */
 API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const double *u,
                         float *room, int32_t *tokens, float *logprobs) {
