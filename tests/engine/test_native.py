@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fullarc.engine.native.core import multiply
 from fullarc.engine.native.library import library
 from fullarc.engine.native.sample import draw, logprobs
 from fullarc.engine.native.weights import BF16, F32, INT4, INT8, Packer
+from fullarc.engine.sampling import uniforms
 from fullarc.engine.weights import prepare as prepare_plain
 from fullarc.model import GlmMoeDsa
 from fullarc.model.ops import stable_topk
@@ -162,11 +164,10 @@ def test_logprobs_are_those_of_double_precision(vocab):
 
 @pytest.mark.parametrize("vocab", [1, 16, 101, 2048])
 def test_tokens_are_where_the_cumulative_distribution_passes_u(vocab):
-    logits, rng = randn(1, vocab) * 3, np.random.default_rng(0)
-    u = np.sort(rng.random(400))
-    u[0], u[-1] = 0.0, 1 - 2.0**-52
+    logits, seeds = randn(1, vocab) * 3, [7 * n for n in range(400)]
+    u = uniforms(seeds, [5] * 400)
     cdf = logits[0].double().softmax(-1).cumsum(0).numpy()
-    tokens, told = draw(logits.expand(400, -1).contiguous(), [1.0] * 400, u)
+    tokens, told = draw(logits.expand(400, -1).contiguous(), [1.0] * 400, seeds, [5] * 400)
     expected = np.searchsorted(cdf, u * cdf[-1], side="right")
     edges = np.abs(cdf[None] - u[:, None] * cdf[-1]).min(1) < 1e-6  # fp32 may fall on either side
     assert (np.array(tokens) == expected)[~edges].all() and (~edges).sum() > 300
@@ -177,8 +178,19 @@ def test_tokens_are_where_the_cumulative_distribution_passes_u(vocab):
 def test_what_has_no_probability_is_never_drawn_and_ties_go_to_the_lowest():
     logits = torch.full((3, 40), -torch.inf)
     logits[:, 7], logits[:, 21] = 2.0, 2.0
-    tokens, told = draw(logits, [1.0, 1.0, 0.0], np.array([0.0, 1 - 2.0**-52, 0.5]))
-    assert tokens == [7, 21, 7] and told == pytest.approx([-np.log(2)] * 3)
+    tokens, told = draw(logits.repeat(100, 1), [1.0, 1.0, 0.0] * 100, range(300), [0] * 300)
+    assert set(tokens[::3]) == set(tokens[1::3]) == {7, 21} and set(tokens[2::3]) == {7}
+    assert told == pytest.approx([-np.log(2)] * 300)
+
+
+def test_both_draw_the_same_numbers():
+    rng = random.Random(0)
+    seeds = [0, 1, 2**64 - 1, *(rng.randrange(2**64) for _ in range(500))]
+    positions = [0, 2**31, 5, *(rng.randrange(100_000) for _ in range(500))]
+    ours = (ctypes.c_double * len(seeds))()
+    words = ctypes.c_uint64 * len(seeds)
+    library().fullarc_uniform(len(seeds), words(*seeds), words(*positions), ours)
+    assert list(ours) == uniforms(seeds, positions).tolist()
 
 
 # --- the forward pass -------------------------------------------------------------------------------------------------

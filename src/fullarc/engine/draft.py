@@ -20,6 +20,7 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.engine.backend import ForwardPass
 from fullarc.engine.core import Chunk
+from fullarc.engine.native import NativeCore
 from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
@@ -225,6 +226,10 @@ class Drafter:
         self._draft([(s, end) for s, end in zip(now, ends, strict=True) if s.room > 0], hidden_ND, steps)
 
     def _draft(self, wanted: list[tuple[Progress, int]], hidden_ND: Tensor, steps: int) -> None:
+        if steps and wanted and isinstance(self.core, NativeCore) and not self.rejection:
+            plain = [(s, row) for s, row in wanted if s.params.plain]
+            self._guess(self.core, plain, hidden_ND, steps)
+            wanted = [(s, row) for s, row in wanted if not s.params.plain]
         for depth in range(steps):
             wanted = [(s, row) for s, row in wanted if s.room > depth]
             if not wanted:
@@ -241,3 +246,18 @@ class Drafter:
                 s.spec.drafts.append(tokens[number])
                 if q_NV is not None:
                     s.spec.probabilities.append(q_NV[number])
+
+    def _guess(
+        self, core: NativeCore, wanted: list[tuple[Progress, int]], hidden_ND: Tensor, steps: int
+    ) -> None:
+        """`_draft` in one call: each token by the number that will draw the trunk's at its place."""
+        if not wanted:
+            return
+        drafts = core.guess(
+            hidden_ND.index_select(0, torch.tensor([row for _, row in wanted])), [s.slot for s, _ in wanted],
+            [len(s.ids) for s, _ in wanted],
+            [min(s.room, steps) for s, _ in wanted], [s.params.temperature for s, _ in wanted],
+            [s.params.seed for s, _ in wanted], steps,
+        )  # fmt: skip
+        for (s, _), tokens in zip(wanted, drafts, strict=True):
+            s.spec.drafts += tokens

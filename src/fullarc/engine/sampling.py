@@ -155,9 +155,7 @@ def sample(
     if available():
         plain = [row for row, p in enumerate(params) if p.plain and row not in rejected]
         if len(plain) == len(params):
-            return draw(
-                logits_NV, [p.temperature for p in params], uniforms([p.seed for p in params], positions)
-            )
+            return draw(logits_NV, [p.temperature for p in params], [p.seed for p in params], positions)
         if plain:
             return _apart(plain, logits_NV, params, positions, steered_NV, drafted)
     logp_NV = kept_NV = _logprobs(logits_NV, params)
@@ -213,8 +211,7 @@ def draft(
     Otherwise they are drawn by the number that will draw the token itself, which makes equal draws likely.
     """
     if not independent and all(p.plain for p in params) and available():
-        u_N = uniforms([p.seed for p in params], positions)
-        return draw(logits_NV, [p.temperature for p in params], u_N)[0], None
+        return draw(logits_NV, [p.temperature for p in params], [p.seed for p in params], positions)[0], None
     chances_NV, logits_NV = _chances(logits_NV, _logprobs(logits_NV, params), params)
     if chances_NV is None:
         return argmax(logits_NV).tolist(), None

@@ -138,10 +138,10 @@ API void fullarc_logprobs(float *logits, int64_t ld, int rows, int vocab, const 
 /* What the MTP layer guesses for `count` sequences, up to wanted[i] tokens each: tokens [steps][count].
 
    `states` [count, hidden'] are its states of the last known tokens, and are overwritten; the first guess of sequence i
-   stands at positions[i]. Each guess is drawn at its temperature with u [steps][count]. `memory`: fullarc_room for
+   stands at positions[i]. Each guess is drawn at its temperature as the token at its place will be. `memory`: fullarc_room for
    `count` rows; `numbers`: (count + 2) * vocab' + 4 * count of them. */
 API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps, float *states, const int32_t *slots,
-                       const int32_t *positions, const int32_t *wanted, const float *temperatures, const double *u, int vocab,
+                       const int32_t *positions, const int32_t *wanted, const float *temperatures, const uint64_t *seeds, int vocab,
                        int threads, char *memory, float *numbers, int32_t *tokens) {
     int64_t hidden = WHOLE(m->hidden), width = m->head.part[0].outputs;
     float *logits = numbers, *rows = logits + count * width, unused;
@@ -158,7 +158,8 @@ API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps,
         int kept = 0;
         for (int r = 0; r < left; r++) {
             int i = owner[r];
-            int32_t token = draw(logits + r * width, vocab, temperatures[i], u[depth * count + i], rows, &unused);
+            double u = uniform(seeds[i], positions[i] + depth);
+            int32_t token = draw(logits + r * width, vocab, temperatures[i], u, rows, &unused);
             tokens[depth * count + i] = token;
             if (wanted[i] <= depth + 1) continue;
             memmove(states + kept * hidden, states + r * hidden, hidden * sizeof(float));
@@ -168,8 +169,14 @@ API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps,
     }
 }
 
+/* As `uniform` draws them, for tests. */
+API void fullarc_uniform(int count, const uint64_t *seeds, const uint64_t *positions, double *out) {
+    for (int i = 0; i < count; i++) out[i] = uniform(seeds[i], positions[i]);
+}
+
 /* A token and its log-prob for each row of `logits` [rows, vocab], `ld` apart (whole vectors); `room`: two rows. */
-API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const double *u,
-                        float *room, int32_t *tokens, float *logprobs) {
-    for (int r = 0; r < rows; r++) tokens[r] = draw(logits + r * ld, vocab, temperatures[r], u[r], room, logprobs + r);
+API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const uint64_t *seeds,
+                        const uint64_t *positions, float *room, int32_t *tokens, float *logprobs) {
+    for (int r = 0; r < rows; r++)
+        tokens[r] = draw(logits + r * ld, vocab, temperatures[r], uniform(seeds[r], positions[r]), room, logprobs + r);
 }

@@ -102,10 +102,45 @@ class NativeCore:
         """
         return self._pass(chunks, F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous())
 
+    def guess(
+        self, states_ND: Tensor, slots: Sequence[int], positions: Sequence[int], wanted: Sequence[int],
+        temperatures: Sequence[float], seeds: Sequence[int], steps: int,
+    ) -> list[list[int]]:  # fmt: skip
+        """What the MTP layer guesses behind each sequence's last known token, up to wanted[i] tokens of it.
+
+        It reads its own guesses on; the first one stands at positions[i]. Each is drawn at its temperature (0: the
+        likeliest) by the number that will draw the token at its place.
+        """
+        count = len(states_ND)
+        states = F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous()
+        if states.data_ptr() == states_ND.data_ptr():
+            states = states.clone()
+        model, vocab = self.weights.model, self.weights.config.vocab_size
+        self._reserve(count)
+        numbers = torch.empty((count + 2) * model.head.outputs + 4 * count)
+        tokens, ints, floats32 = (
+            (ctypes.c_int32 * (steps * count))(),
+            ctypes.c_int32 * count,
+            ctypes.c_float * count,
+        )
+        self._library.fullarc_draft(
+            ctypes.byref(model), ctypes.byref(self.cache.structure), count, steps, states.data_ptr(), ints(*slots),
+            ints(*positions), ints(*wanted), floats32(*temperatures), (ctypes.c_uint64 * count)(*seeds), vocab,
+            self.threads, self._memory.data_ptr(), numbers.data_ptr(), tokens,
+        )  # fmt: skip
+        return [[tokens[depth * count + i] for depth in range(min(wanted[i], steps))] for i in range(count)]
+
     def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), V] of chosen rows."""
         chosen = hidden_ND if len(rows) == len(hidden_ND) else hidden_ND[torch.tensor(rows)]
         return multiply(self.weights.model.head, chosen, self.threads)[:, : self.weights.config.vocab_size]
+
+    def _reserve(self, rows: int) -> None:
+        """Have memory for a step of so many rows."""
+        if rows > self._rows:
+            model = ctypes.byref(self.weights.model)
+            size = self._library.fullarc_room(model, rows, self.cache.max_len, self.threads)
+            self._memory, self._rows = torch.empty(size, dtype=torch.uint8), rows
 
     def _pass(self, chunks: Sequence[Chunk], states_ND: Tensor | None, trace: Trace | None = None) -> Tensor:
         ids, slots, positions = list[int](), list[int](), list[int]()
@@ -118,9 +153,7 @@ class NativeCore:
         at = ctypes.addressof(numbers)
         out_ND = torch.empty(count, whole(c.hidden_size))
         model = ctypes.byref(self.weights.model)
-        if count > self._rows:
-            size = self._library.fullarc_room(model, count, self.cache.max_len, self.threads)
-            self._memory, self._rows = torch.empty(size, dtype=torch.uint8), count
+        self._reserve(count)
         self._library.fullarc_forward(
             model, ctypes.byref(self.cache.structure), count, at, at + 4 * count, at + 8 * count,
             states_ND.data_ptr() if states_ND is not None else None, self.threads, self._memory.data_ptr(),

@@ -43,8 +43,21 @@ def library(processor: str = PROCESSOR) -> ctypes.CDLL:
     built.fullarc_choose.argtypes = [pointer, int32, int32, pointer, pointer]
     built.fullarc_logprobs.restype = None
     built.fullarc_logprobs.argtypes = [pointer, int64, int32, int32, *[pointer] * 3]
+    built.fullarc_draft.restype = None
+    built.fullarc_draft.argtypes = [
+        pointer,
+        pointer,
+        int32,
+        int32,
+        *[pointer] * 6,
+        int32,
+        int32,
+        *[pointer] * 3,
+    ]
     built.fullarc_sample.restype = None
-    built.fullarc_sample.argtypes = [pointer, int64, int32, int32, *[pointer] * 5]
+    built.fullarc_sample.argtypes = [pointer, int64, int32, int32, *[pointer] * 6]
+    built.fullarc_uniform.restype = None
+    built.fullarc_uniform.argtypes = [int32, pointer, pointer, pointer]
     return built
 
 

@@ -31,6 +31,19 @@ static float soften_row(float *logits, int vocab, float temperature, float *out,
     return (float)log(*total);
 }
 
+/* A number in [0, 1) for each (seed, position): two rounds of splitmix64, 52 bits kept (engine/sampling.py, uniforms). */
+static double uniform(uint64_t seed, uint64_t position) {
+    uint64_t x = seed;
+    for (int round = 0; round < 2; round++) {
+        x += 0x9E3779B97F4A7C15u;
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+        x ^= x >> 31;
+        if (!round) x += position;
+    }
+    return (x >> 12) * 0x1p-52;
+}
+
 /* `room`: twice a row. */
 static int32_t draw(float *logits, int vocab, float temperature, double u, float *room, float *logprob) {
     int whole = WHOLE(vocab);

@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,15 +11,18 @@ from fullarc.engine.native.library import library
 from fullarc.engine.native.weights import LANES, whole
 
 
-def draw(logits_NV: Tensor, temperatures: Sequence[float], u: np.ndarray) -> tuple[list[int], list[float]]:
-    """Tokens and log-probs of rows, each at its temperature (0: argmax) and with its uniform number."""
+def draw(
+    logits_NV: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Tokens and log-probs of rows, each at its temperature (0: argmax), by the number of its seed and position."""
     rows, vocab = logits_NV.shape
     filled = _filled(logits_NV)
     room = torch.empty(2 * (vocab + LANES))
-    at_N = (ctypes.c_float * rows)(*temperatures)
+    at_N, words = (ctypes.c_float * rows)(*temperatures), ctypes.c_uint64 * rows
     token_N, logprob_N = (ctypes.c_int32 * rows)(), (ctypes.c_float * rows)()
     library().fullarc_sample(
-        filled.data_ptr(), filled.stride(0), rows, vocab, at_N, u.ctypes.data, room.data_ptr(), token_N, logprob_N
+        filled.data_ptr(), filled.stride(0), rows, vocab, at_N, words(*seeds), words(*positions), room.data_ptr(),
+        token_N, logprob_N,
     )  # fmt: skip
     return list(token_N), list(logprob_N)
 
