@@ -6,9 +6,11 @@
 Sides are measured in turn in one run, medians of REPEATS; the claims are ratios, because seconds drift. Before it is
 timed each side has to give the log-probs that ours gives (AGREE), on prompts that sparse attention sees all of.
 
-llama.cpp has the precision of weights, their layout and the attention that are the fastest for each kind of work (by a
-trial on this machine). It has no indexer of less than 64 dimensions (its rotation of index keys starts there), so the
-laptop's model has index heads of 64 on both sides where it is a side: four instead of eight.
+Against transformers both compute in fp32. Against llama.cpp each side has the precision that is the fastest for each
+kind of work, by a trial on this machine: ours fp32, bf16, or the same weights in 8 bits (with 8-bit inputs, as
+llama.cpp's q8_0) or with experts in 4; llama.cpp's its own, their layout and the attention. It has no indexer of less
+than 64 dimensions (its rotation of index keys starts there), so the laptop's model has index heads of 64 on both sides
+where it is a side: four instead of eight.
 """
 
 import functools
@@ -28,7 +30,7 @@ from fullarc.engine.request import Request
 from fullarc.evals.bench import claim
 from fullarc.evals.bench_train import in_turn, transformers_config
 from fullarc.evals.peers.llama import Llama
-from fullarc.model import GlmMoeDsa, load_config, load_model, save_model
+from fullarc.model import GlmMoeDsa, QuantScheme, load_config, load_model, quantize_checkpoint, save_model
 
 REPEATS = 5
 STEPS = 8  # decoding steps a measurement
@@ -42,6 +44,7 @@ SIZES = ("tiny", "2m")
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 WARM = 256  # tokens of the prompt that warms up
 AGREE = 1e-4  # largest difference of a log-prob of the five likeliest tokens
+TRIALS, TRIAL_TOKENS = 3, 512
 ALIKE, ALIKE_TOKENS = 4, 200  # prompts on which all sides must agree
 
 
@@ -109,11 +112,40 @@ class Witness(Protocol):
         """The next tokens of every sequence."""
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Of our side: the engine's dtype, and the bits of experts and of the other matrices where they are integers."""
+
+    dtype: str = "fp32"
+    experts: int = 0
+    rest: int = 8
+
+    def __str__(self) -> str:
+        return f"W{self.experts}A8" if self.experts else self.dtype
+
+    def of(self, folder: Path) -> Path:
+        """The checkpoint in it, written beside `folder` if need be."""
+        out = folder.with_name(f"{folder.name}-{self}".lower())
+        if not self.experts:
+            return folder
+        if not out.is_dir():
+            kinds = dict.fromkeys(("attention", "dense", "shared"), self.rest) | {"experts": self.experts}
+            quantize_checkpoint(
+                folder, out, {kind: QuantScheme(bits, 0, tokens=True) for kind, bits in kinds.items()}
+            )
+        return out
+
+
+PRECISIONS = Precision(), Precision("bf16"), Precision(experts=8), Precision(experts=4)
+
+
 class Ours:
     """An engine without a prefix cache."""
 
-    def __init__(self, folder: Path, batch: int, length: int, dtype: str = "fp32") -> None:
-        self.engine = Engine(folder, batch, length + 1024, prefix_tokens=0, dtype=dtype)
+    def __init__(self, folder: Path, batch: int, length: int, precision: Precision = PRECISIONS[0]) -> None:
+        self.engine = Engine(
+            precision.of(folder), batch, length + 1024, prefix_tokens=0, dtype=precision.dtype
+        )
 
     def start(self, batch: list[list[int]]) -> None:
         """See Side."""
@@ -133,6 +165,18 @@ class Ours:
     def prefill(self, batch: list[list[int]]) -> None:
         """See Side."""
         self.engine.generate(batch, 1, temperature=0.0, stop_ids=())
+
+
+def fastest(folder: Path, kind: str, case: Case, batch: list[list[int]]) -> Precision:
+    """The precision in which ours takes the least time for a kind of work, by a trial of its first tokens."""
+    tokens = [ids[:TRIAL_TOKENS] for ids in batch]
+    found: dict[Precision, float] = {}
+    for precision in PRECISIONS:
+        ours = Ours(folder, case.batch, case.context, precision)
+        ours.start(tokens)
+        work = ours.decode if kind == "decode" else functools.partial(ours.prefill, tokens[:1])
+        found[precision] = min(in_turn([work], 1)[0] for _ in range(TRIALS))
+    return min(found, key=lambda precision: found[precision])
 
 
 class Theirs:
@@ -206,12 +250,14 @@ def _beside(
 ) -> Iterator[dict[str, Any]]:
     """One kind of work of one case on all sides, in turn."""
     batch = prompts(case.batch, case.context, load_config(ours[TRANSFORMERS]).vocab_size)
-    told = dict.fromkeys(theirs, "")
+    told, chosen = dict.fromkeys(theirs, ""), dict.fromkeys(ours, PRECISIONS[0])
     if isinstance(llama := theirs.get(LLAMA), Llama):
         variant = llama.fastest(kind, batch)
         llama.open(variant, case.batch, case.context)
-        told[LLAMA] = f"; {variant}" + ("" if ours[LLAMA] == ours[TRANSFORMERS] else "; index heads of 64")
-    mine = {folder: Ours(folder, case.batch, case.context) for folder in ours.values()}
+        chosen[LLAMA] = fastest(ours[LLAMA], kind, case, batch)
+        told[LLAMA] = f"; {chosen[LLAMA]} against {variant}"
+        told[LLAMA] += "" if ours[LLAMA] == ours[TRANSFORMERS] else "; index heads of 64"
+    mine = {name: Ours(folder, case.batch, case.context, chosen[name]) for name, folder in ours.items()}
     sides: list[Side] = [*mine.values(), *theirs.values()]
     if kind == "decode":
         for side in sides:
@@ -229,7 +275,7 @@ def _beside(
         if name not in theirs:
             yield claim(about, None, "x", f">= {target:g}", None, "needs --peers")
             continue
-        one, other = fast[ours[name]], slow[name]
+        one, other = fast[name], slow[name]
         yield claim(about, other / one, "x", f">= {target:g}", other / one >= target,
                     f"{tokens / one:,.0f} against {tokens / other:,.0f} tokens/s{told[name]}")  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fullarc.evals.bench import claim
-from fullarc.evals.bench_engine_peers import REPEATS, STEPS, TINY, Ours, prompts, saved
+from fullarc.evals.bench_engine_peers import REPEATS, STEPS, TINY, Ours, Precision, prompts, saved
 from fullarc.evals.bench_train import in_turn
 from fullarc.evals.peers import Child, environments, vllm_cpu
 
@@ -33,7 +33,7 @@ def claims(peers: Path | None, root: Path) -> Iterator[dict[str, Any]]:
         yield claim(name, None, "x", ">= 1", None, "needs --peers")
         return
     python, batch = environments.python_of("vllm_cpu", peers), prompts(BATCH, CONTEXT, TINY.vocab_size)
-    mine = Ours(saved("tiny", root / "bf16"), BATCH, CONTEXT, dtype="bf16")
+    mine = Ours(saved("tiny", root / "bf16"), BATCH, CONTEXT, Precision("bf16"))
     with Child("vLLM", [str(python), vllm_cpu.__file__, str(root / "glm4-moe")]) as vllm:
         vllm.ask("open", model=GLM4_MOE, sequences=BATCH, tokens=CONTEXT + 512, eager=False)
         vllm.ask("start", prompts=batch)
