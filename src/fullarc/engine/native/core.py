@@ -171,7 +171,7 @@ def multiply(product: Product, x_NI: Tensor, threads: int = 1) -> Tensor:
     """A product of rows [N, I], whose last dimension must be contiguous: [N, outputs in whole vectors]."""
     assert x_NI.stride(-1) == 1
     rows, inputs = x_NI.shape
-    memory = torch.empty(64 + rows * (8 + (inputs + 8) * 2 + 16), dtype=torch.uint8)
+    memory = torch.empty(64 + rows * (8 + 2 * whole(inputs)), dtype=torch.uint8)
     out_NO = torch.empty(rows, product.outputs)
     library().fullarc_product(
         ctypes.byref(product), x_NI.data_ptr(), x_NI.stride(0), rows, threads, memory.data_ptr(), out_NO.data_ptr()

@@ -182,33 +182,47 @@ typedef struct {
     const int32_t *sum;
 } Input;
 
-#define CONVERTED(inputs) (((inputs) + 7) / 8 * 8 * 2) /* bytes that a converted row needs at most */
+#define CONVERTED(inputs) (WHOLE(inputs) * 2) /* bytes that a converted row needs at most */
 
-INLINE uint32_t bf16(float x) { /* round to nearest even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+typedef uint16_t vu16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t vu8 __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* 16 values, of which only the first `left` are there: the others are read as 0. */
+INLINE vf load_some(const float *x, int left) {
+    if (left >= LANES) return load(x);
+    float some[LANES] = {0};
+    memcpy(some, x, left * sizeof(float));
+    return load(some);
 }
 
+/* Rounded to the nearest bf16, ties to even. */
 INLINE void convert_bf16(const float *x, int inputs, uint16_t *out) {
-    for (int k = 0; k < inputs; k++) out[k] = bf16(x[k]);
-    if (inputs % 2) out[inputs] = 0;
+    for (int k = 0; k < inputs; k += LANES) {
+        vi bits = (vi)load_some(x + k, inputs - k);
+        vi rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        *(vu16 *)(out + k) = __builtin_convertvector(rounded, vu16);
+    }
 }
 
-/* q = round(x / s) + 128 with s = max|x| / 127.5; returns s. */
+/* q = round(x / s) + 128 with s = max|x| / 127.5; returns s. What fills up the row is 0, and so are its weights. */
 INLINE float convert_int8(const float *x, int inputs, uint8_t *out, int32_t *total) {
-    float most = 0;
-    for (int k = 0; k < inputs; k++) most = __builtin_fmaxf(most, __builtin_fabsf(x[k]));
-    float scale = most == 0 ? 1.1920929e-7f : most / 127.5f;
-    int32_t sum = 0;
-    for (int k = 0; k < inputs; k++) {
-        float q = __builtin_rintf(x[k] / scale);
-        q = q > 127 ? 127 : q < -128 ? -128 : q;
-        out[k] = (uint8_t)((int32_t)q + 128);
-        sum += out[k];
+    const vf magic = all(12582912.0f); /* see `exponential` */
+    vf most = {0};
+    vi sums = {0};
+    for (int k = 0; k < inputs; k += LANES) {
+        vf value = load_some(x + k, inputs - k);
+        most = larger(most, larger(value, -value));
     }
-    for (int k = inputs; k % 8; k++) out[k] = 0; /* their weights are zero too, but not the 8 that is added to nibbles */
-    *total = sum;
+    float highest = maximum(most), scale = highest == 0 ? 1.1920929e-7f : highest / 127.5f;
+    for (int k = 0; k < inputs; k += LANES) {
+        vf q = (load_some(x + k, inputs - k) / scale + magic) - magic;
+        vi integer = __builtin_convertvector(pick(q > all(127.0f), all(127.0f), q), vi) + 128;
+        for (int i = inputs - k; i < LANES; i++) integer[i] = 0;
+        sums += integer;
+        *(vu8 *)(out + k) = __builtin_convertvector(integer, vu8);
+    }
+    *total = 0;
+    for (int i = 0; i < LANES; i++) *total += sums[i];
     return scale;
 }
 
