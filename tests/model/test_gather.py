@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fullarc.config.model import ModelConfig
-from fullarc.model import GlmMoeDsa
+from fullarc.model import GlmMoeDsa, visibility
 from fullarc.model import gather as gather_module
+from fullarc.model import indexer as indexer_module
 from fullarc.model import mla as mla_module
 from fullarc.model.gather import gathered_attention
-from fullarc.model.indexer import Indexer, choose, select
+from fullarc.model.indexer import Index, Indexer, choose, select
 from fullarc.model.pieces import Scratch
 
 SMALL = dict(
@@ -25,9 +26,9 @@ SMALL = dict(
 @pytest.fixture
 def blocks(monkeypatch):
     """Small blocks, so that a short row has chunks with few and with many visible keys."""
-    monkeypatch.setattr(mla_module, "BLOCK", 16)
-    monkeypatch.setattr(mla_module, "LONG_BLOCK", 32)
-    monkeypatch.setattr(mla_module, "FEW", 5)
+    monkeypatch.setattr(visibility, "BLOCK", 16)
+    monkeypatch.setattr(visibility, "LONG_BLOCK", 32)
+    monkeypatch.setattr(indexer_module, "FEW", 5)
 
     def gather_from(times):
         monkeypatch.setattr(mla_module, "GATHER_FROM", times)
@@ -138,7 +139,7 @@ def test_the_model_is_the_same_gathered_and_masked(blocks, packed, changes):
 
 
 def test_one_document_a_row_needs_no_square_of_booleans():
-    chunks = mla_module.visible_chunks(4096, None, None, 64, torch.device("cpu"))
+    chunks = visibility.visible_chunks(4096, None, None, 64, torch.device("cpu"))
     assert all(chunk.packed_BtS is None for chunk in chunks)
     last = chunks[-1].allowed_BtS
     assert last.shape == (1, 512, 4096) and last[0, 0].sum() == 3585 and last[0, -1].all()
@@ -177,9 +178,9 @@ def test_layers_that_share_a_choice_do_not_make_it_again(blocks, times):
         model = GlmMoeDsa(ModelConfig(**SMALL, indexer_types=types)).init_weights(5)
         count = []
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            for name in ("select", "choose"):
-                original = getattr(mla_module, name)
-                patch.setattr(mla_module, name, partial(counted, original, count))
+            for module, name in ((mla_module, "select"), (indexer_module, "choose")):
+                original = getattr(module, name)
+                patch.setattr(module, name, partial(counted, original, count))
             model.trunk(torch.randint(0, 61, (1, 120), generator=torch.Generator().manual_seed(6)))
         calls[types[1]] = len(count)
     assert calls["full"] == 3 * calls["shared"] > 0
@@ -199,12 +200,12 @@ def test_the_number_of_threads_changes_no_bit():
     )
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     *inputs, queries, keys, weights = leaves
-    chunks = mla_module.visible_chunks(700, None, None, 8, torch.device("cpu"))
+    chunks = visibility.visible_chunks(700, None, None, 8, torch.device("cpu"))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            index = mla_module.Index(Indexer(ModelConfig(**SMALL)), queries, [keys], weights, True, False)
+            index = Index(Indexer(ModelConfig(**SMALL)), queries, [keys], weights, True, False)
             positions = index.choose(chunks)
             out, mass = gathered_attention(*inputs, positions, 0.3)
             own = index.scores_at(slice(0, 700), positions)

@@ -320,7 +320,7 @@ def test_absorbed_equals_expanded() -> None:
     attention = net.layers[1].self_attn
     h = torch.randn(1, 20, 64)
     cos, sin = rope_tables(torch.arange(20)[None], 16, net.config.rope_theta)
-    from fullarc.model.mla import Visibility
+    from fullarc.model.visibility import Visibility
 
     with torch.no_grad():
         expanded, *_ = attention(h, Visibility(cos, sin))

@@ -18,6 +18,7 @@ import fullarc.model.mla as mla_module
 import fullarc.model.moe as moe_module
 from fullarc.config.recipe import load_recipe
 from fullarc.model import GlmMoeDsa, load_model, save_model
+from fullarc.model.visibility import Chunk
 
 ATOL = 5e-5
 SHAPES = [
@@ -65,13 +66,13 @@ def their_choices(model: GlmMoeDsaForCausalLM, ids: Tensor) -> tuple[list[Tensor
 def our_choices(model: GlmMoeDsa, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The same of ours."""
     keys, experts, asked = [], [], []
-    select, choose = mla_module.select, mla_module.Index.choose
+    select, choose = mla_module.select, indexer_module.Index.choose
 
     def masked(scores: Tensor, allowed: Tensor, k: int) -> Tensor:
         keys.append(select(scores, allowed, k))
         return keys[-1]
 
-    def gathered(index: mla_module.Index, run: list[mla_module.Chunk]) -> Tensor:
+    def gathered(index: indexer_module.Index, run: list[Chunk]) -> Tensor:
         positions = choose(index, run)
         if not any(index is other for other in asked):  # layers that share a choice ask again
             asked.append(index)
@@ -86,7 +87,7 @@ def our_choices(model: GlmMoeDsa, ids: Tensor) -> tuple[list[Tensor], list[Tenso
     hooks = [gate.register_forward_hook(routed) for gate in gates]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(mla_module, "select", masked)
-        patch.setattr(mla_module.Index, "choose", gathered)
+        patch.setattr(indexer_module.Index, "choose", gathered)
         model(ids)
     for hook in hooks:
         hook.remove()

@@ -13,8 +13,9 @@ from fullarc.config.model import ATTENTIONS, ModelConfig, preset
 from fullarc.engine.weights import prepare
 from fullarc.model import GlmMoeDsa, load_model, save_model
 from fullarc.model.gqa import GQA
-from fullarc.model.mla import MLA, Visibility, visible_chunks
+from fullarc.model.mla import MLA
 from fullarc.model.ops import rope_tables
+from fullarc.model.visibility import Visibility, visible_chunks
 
 GROUPED = {"gqa_kv_heads": 2}
 WINDOWED = {"attention_pattern": "SFSS", "sliding_window": 7, "index_topk": 1024}

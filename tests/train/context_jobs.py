@@ -10,7 +10,7 @@ from rank_jobs import LOSS, Weights, arrays, batches
 from torch.autograd.graph import saved_tensors_hooks
 
 from fullarc.config.model import ModelConfig
-from fullarc.model import GlmMoeDsa, mla
+from fullarc.model import GlmMoeDsa, mla, visibility
 from fullarc.train import Batch, LmLoss, NonFinite, OptimSettings, Rows, Trainer, trained
 from fullarc.train.losses import indexer_warmup_loss
 from fullarc.train.parallel import Ranks
@@ -48,7 +48,7 @@ def one_pass(
     Blocks of keys are small, so that rows have several, and some begin where a rank's run does not.
     """
     torch.set_num_threads(1)
-    mla.BLOCK = mla.LONG_BLOCK = 5 if ranks.size == 1 else 3
+    visibility.BLOCK = visibility.LONG_BLOCK = 5 if ranks.size == 1 else 3
     model = GlmMoeDsa(config).init_weights(1)
     model.compute_dtype, model.checkpoint_activations = getattr(torch, dtype), checkpoint
     for parameter in model.parameters():  # so far from the start that nothing is small

@@ -18,7 +18,8 @@ from fullarc.data.pack import pack_concat
 from fullarc.evals.stats import mean
 from fullarc.model import GlmMoeDsa
 from fullarc.model.gqa import GQA
-from fullarc.model.mla import MLA, Visibility
+from fullarc.model.mla import MLA
+from fullarc.model.visibility import Visibility
 from fullarc.train import Batch, evaluate
 
 SORTS = ("needle", "multi_key", "multi_value")

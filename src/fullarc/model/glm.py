@@ -21,11 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from fullarc.config.model import ModelConfig
 from fullarc.model.context import WHOLE, Context
 from fullarc.model.gqa import GQA
+from fullarc.model.indexer import Index
 from fullarc.model.induction import start_with_induction
-from fullarc.model.mla import MLA, Index, Visibility, block_size, visible_chunks
+from fullarc.model.mla import MLA
 from fullarc.model.moe import FFN, Experts, MoE, Router, RoutingStats
-from fullarc.model.ops import RMSNorm, rope_tables
+from fullarc.model.ops import RMSNorm
 from fullarc.model.quant import Linear, QuantScheme
+from fullarc.model.visibility import Visibility, look
 
 OUTPUT_STD = 0.02
 
@@ -241,7 +243,7 @@ class GlmMoeDsa(nn.Module):
             raise ValueError(
                 f"hidden_BTD {tuple(hidden_BTD.shape)} does not belong to input_ids {tuple(input_ids.shape)}"
             )
-        seen = self._visibility(input_ids, doc_ids, parent_ids, indexer_loss)
+        seen = self._look(input_ids, doc_ids, parent_ids, indexer_loss)
         embedded = self._embed(input_ids)
         h, outputs, kls, stats = hidden_BTD, [], [], []
         turns = [min(first + step, len(layers) - 1) for step in range(steps)]
@@ -289,9 +291,19 @@ class GlmMoeDsa(nn.Module):
         """What may be seen in these layers, for each of their windows."""
         windows = sorted({cast("DecoderLayer", layer).window for layer in layers})
         return {
-            window: self._visibility(input_ids, doc_ids, parent_ids, indexer_loss, window)
-            for window in windows
+            window: self._look(input_ids, doc_ids, parent_ids, indexer_loss, window) for window in windows
         }
+
+    def _look(
+        self,
+        input_ids: Tensor,
+        doc_ids: Tensor | None,
+        parent_ids: Tensor | None,
+        indexer_loss: str,
+        window: int = 0,
+    ) -> Visibility:
+        shape, device = input_ids.shape, input_ids.device
+        return look(self.config, shape, device, doc_ids, parent_ids, indexer_loss, window, self.context)
 
     def _apply_layers(
         self, layers: Iterable[nn.Module], h_BTD: Tensor, seen: dict[int, Visibility]
@@ -335,53 +347,6 @@ class GlmMoeDsa(nn.Module):
             and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size
         ):
             raise ValueError(f"input_ids contain a token outside 0..{self.config.vocab_size - 1}")
-
-    def _visibility(
-        self,
-        input_ids: Tensor,
-        doc_ids: Tensor | None,
-        parent_ids: Tensor | None,
-        indexer_loss: str,
-        window: int = 0,
-    ) -> Visibility:
-        if indexer_loss not in ("off", "dense", "sparse"):
-            raise ValueError(f"indexer_loss must be 'off', 'dense' or 'sparse', got {indexer_loss!r}")
-        length = input_ids.shape[1]
-        index_T = torch.arange(length, device=input_ids.device)
-        valid, positions = None, index_T.expand_as(input_ids)
-        if doc_ids is not None:
-            starts = torch.ones_like(doc_ids, dtype=torch.bool)
-            starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-            positions = index_T - torch.where(starts, index_T, 0).cummax(1).values
-            valid = doc_ids > 0
-            if parent_ids is not None:
-                sizes = torch.zeros(
-                    len(doc_ids), int(doc_ids.max()) + 1, dtype=torch.long, device=doc_ids.device
-                )
-                sizes.scatter_add_(1, doc_ids, torch.ones_like(doc_ids))
-                positions = positions + torch.where(parent_ids > 0, sizes.gather(1, parent_ids), 0)
-        own = self.context.own
-        cos, sin = rope_tables(own(positions), self.config.qk_rope_head_dim, self.config.rope_theta)
-        topk = None if indexer_loss == "dense" else self.config.index_topk
-        near = (positions[: 1 if doc_ids is None else None], window) if 0 < window < length else None
-        plain = (
-            doc_ids is None and indexer_loss == "off" and length <= self.config.index_topk and near is None
-        )
-        if plain and not self.context.divided:
-            return Visibility(cos, sin)
-        runs = self.context.runs(length)
-        chunks = visible_chunks(length, doc_ids, parent_ids, topk, input_ids.device, near, runs)
-        sparse = bool(self.context.total(torch.tensor(sum(chunk.sparse for chunk in chunks))))
-        return Visibility(
-            cos,
-            sin,
-            chunks,
-            block_size(doc_ids),
-            sparse,
-            indexer_loss,
-            None if valid is None else own(valid),
-            self.context,
-        )
 
     @staticmethod
     def _summary(

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
-from fullarc.model.mla import Index, Visibility
+from fullarc.model.indexer import Index
 from fullarc.model.ops import apply_rope
 from fullarc.model.quant import Linear
+from fullarc.model.visibility import Visibility
 
 
 class GQA(nn.Module):

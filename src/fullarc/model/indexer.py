@@ -7,6 +7,8 @@ the language-model loss never reaches it and its own loss never reaches anything
 Shape suffixes: see ops.py.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fullarc.config.model import ModelConfig
 from fullarc.model.ops import apply_rope, topk_mask
 from fullarc.model.pieces import Scratch, each, gather, lanes, spans
 from fullarc.model.quant import Linear
+from fullarc.model.visibility import Chunk
 
 TARGET_FLOOR = 1e-10
 FEW = 128  # queries that are scored at once
@@ -87,6 +90,62 @@ class Indexer(nn.Module):
         """I [B, t, k] in fp32 of each query's own keys, at `positions` [B, t, k]; -1 is read as 0."""
         scores: Tensor = _ScoresAt.apply(q_BtJd.float() * self.dim**-0.5, k_BSd.float(), w_BtJ, positions)
         return scores
+
+
+@dataclass
+class Index:
+    """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
+
+    Where later layers share its choice, it is remembered by the chunk's start: what was taken of the chunk's keys, as
+    a mask [B, t, S] or, where keys are gathered, by a run of chunks' start as positions [B, t, k].
+    """
+
+    indexer: Indexer
+    queries: Tensor
+    keys: Sequence[Tensor]
+    weights: Tensor
+    learns: bool
+    lends: bool
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    positions: dict[int, Tensor] = field(default_factory=dict)
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """I [B, t, S] over the chunk's keys."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            keys = chunk.of(self.keys, 1)
+            return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
+
+    def scores_at(self, part: slice, positions: Tensor) -> Tensor:
+        """I [B, t, k] of a run of queries at their positions [B, t, k] in the row only."""
+        keys = torch.cat(list(self.keys), 1)
+        return self.indexer.scores_at(self.queries[:, part], keys, self.weights[:, part], positions)
+
+    @torch.no_grad()
+    def choose(self, run: Sequence[Chunk]) -> Tensor:
+        """The keys that each query of neighbouring chunks takes: positions in the row [B, t, k], int32, then -1."""
+        known = self.positions.get(run[0].part.start)
+        if known is not None:
+            return known
+        row_BTd = torch.cat(list(self.keys), 1)
+        rows, start, stop = len(self.weights), run[0].part.start, run[-1].part.stop
+        positions = torch.empty(
+            rows, stop - start, self.indexer.topk, dtype=torch.int32, device=self.weights.device
+        )
+
+        def take(place: tuple[Chunk, int, slice], scratch: Scratch) -> None:
+            chunk, b, few = place
+            past = slice(max(chunk.in_row(few).stop, self.indexer.topk + 1))
+            keys = row_BTd[b, past] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
+            scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few], scratch)
+            taken = choose(chunk.hide(scores, b, few), self.indexer.topk, scratch)
+            mine = torch.where(taken < 0, -1, chunk.keys[taken.clamp_min(0)])
+            positions[b, few.start - start : few.stop - start] = mine
+
+        parts = ((chunk, spans(chunk.part.start, chunk.part.stop, FEW)) for chunk in run)
+        each(take, [(chunk, b, few) for chunk, fews in parts for b in range(rows) for few in fews])
+        if self.lends:
+            self.positions[start] = positions
+        return positions
 
 
 class _ScoresAt(torch.autograd.Function):
@@ -161,14 +220,6 @@ def _kth(scores_tS: Tensor, k: int, scratch: Scratch) -> Tensor:
     parted_tS, cut = scratch("parted", scores_tS, *scores_tS.shape).copy_(scores_tS), scores_tS.shape[-1] - k
     parted_tS.numpy().partition(cut, axis=-1)
     return parted_tS[:, cut, None]
-
-
-def _at_least(scores_tS: Tensor, kth_t1: Tensor, out_tS: Tensor) -> None:
-    """`scores_tS >= kth_t1`; on a CPU by numpy, which broadcasts a column three times as fast."""
-    if scores_tS.device.type == "cpu":
-        np.greater_equal(scores_tS.numpy(), kth_t1.numpy(), out=out_tS.numpy())
-    else:
-        torch.ge(scores_tS, kth_t1, out=out_tS)
 
 
 def _true(mask: Tensor) -> Tensor:

@@ -8,208 +8,18 @@ Invariant: a query attends to earlier-or-equal positions of its own document, an
 choice among them. Shape suffixes: see ops.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
-from fullarc.model.context import WHOLE, Context
 from fullarc.model.gather import gathered_attention
-from fullarc.model.indexer import FEW, Indexer, choose, indexer_kl, select
+from fullarc.model.indexer import Index, Indexer, indexer_kl, select
 from fullarc.model.ops import RMSNorm, apply_rope
-from fullarc.model.pieces import Scratch, each, spans
 from fullarc.model.quant import Linear
+from fullarc.model.visibility import Chunk, Visibility
 
 GATHER_FROM = 3  # times the top-k that must be visible
-BLOCK = 128
-LONG_BLOCK = 512
-
-
-@dataclass
-class Chunk:
-    """A run of queries and the blocks of keys that some of them may see.
-
-    Attributes:
-        part: the queries among those that are computed here.
-        first: position in the row of the first of them.
-        blocks: numbers of the blocks of keys, ascending; all others are invisible to all of these queries.
-        keys: positions of the keys in these blocks [S].
-        packed_BtS: who may see whom among them, boolean, of each row or, if alike, of one; None when a row is one
-            document, where it is the past.
-        sparse: whether the indexer narrows the choice: some query may see more than its top-k.
-    """
-
-    part: slice
-    first: int
-    blocks: list[int]
-    keys: Tensor
-    packed_BtS: Tensor | None
-    sparse: bool
-
-    @property
-    def allowed_BtS(self) -> Tensor:
-        """Who may see whom, boolean [B or 1, t, S]."""
-        if self.packed_BtS is not None:
-            return self.packed_BtS
-        there = self.in_row(self.part)
-        index_t = torch.arange(there.start, there.stop, device=self.keys.device)
-        return (index_t[:, None] >= self.keys)[None]
-
-    def in_row(self, few: slice) -> slice:
-        """Where the queries `few` are in the row."""
-        shift = self.first - self.part.start
-        return slice(few.start + shift, few.stop + shift)
-
-    def hide(self, scores_tS: Tensor, b: int, few: slice) -> Tensor:
-        """Scores of the queries `few` of row b, -inf in place where a key may not be seen."""
-        if self.packed_BtS is not None:
-            mine = slice(few.start - self.part.start, few.stop - self.part.start)
-            row = b if len(self.packed_BtS) > 1 else 0
-            return scores_tS.masked_fill_(~self.packed_BtS[row, mine], -torch.inf)
-        there = self.in_row(few)
-        later_tS = scores_tS[:, there.start :]
-        index_t, index_S = self.keys[there], self.keys[there.start : scores_tS.shape[-1]]
-        later_tS.masked_fill_(index_t[:, None] < index_S, -torch.inf)
-        return scores_tS
-
-
-@dataclass
-class Visibility:
-    """What may be seen: built once a forward pass and shared by all layers.
-
-    Attributes:
-        cos, sin: RoPE tables [B, T, P].
-        chunks: all queries in order, a block at a time; None when plain causal and dense (one document a row).
-        block: positions per block of keys.
-        sparse: whether any query of the rows, wherever it is computed, is sparse.
-        indexer_loss: "off", "dense" (KL over all allowed keys) or "sparse" (KL over the selected set).
-        valid_BT: boolean, False on padding.
-        context: where the other positions of the rows are, when the T here are not all.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    chunks: list[Chunk] | None = None
-    block: int = BLOCK
-    sparse: bool = False
-    indexer_loss: str = "off"
-    valid_BT: Tensor | None = None
-    context: Context = WHOLE
-
-
-def block_size(doc_ids: Tensor | None) -> int:
-    """Positions per block of keys: small where rows are packed, so that other documents are passed over."""
-    return LONG_BLOCK if doc_ids is None else BLOCK
-
-
-def visible_chunks(
-    length: int,
-    doc_ids: Tensor | None,
-    parent_ids: Tensor | None,
-    topk: int | None,
-    device: torch.device,
-    near: tuple[Tensor, int] | None = None,
-    runs: Sequence[tuple[int, int]] | None = None,
-) -> list[Chunk]:
-    """The queries of rows of `length` in chunks, each with the blocks of keys it needs; of `runs` only, if given.
-
-    A packed row is a band of small documents, so most blocks are invisible to most queries and are never touched;
-    and no [T, T] tensor of scores exists, whatever T. `topk` None: never sparse. `near`: positions within their
-    documents [B, T], and how many keys up to its own a query may see.
-    """
-    block = block_size(doc_ids)
-    index_T = torch.arange(length, device=device)
-    places = index_T.split(block)
-    pieces_of = (index_T[start:stop].split(block) for start, stop in runs or [(0, length)])
-    chunks, done = [], 0
-    for queries in (piece for pieces in pieces_of for piece in pieces):
-        there = slice(int(queries[0]), int(queries[-1]) + 1)
-        part = slice(done, done + len(queries))
-        done, ends = part.stop, -(-there.stop // block)
-        if doc_ids is None and near is None:
-            blocks, packed, most = list(range(ends)), None, there.stop
-        else:
-            past = slice(min(ends * block, length))
-            allowed = (queries[:, None] >= index_T[past])[None]
-            if doc_ids is not None:
-                same = doc_ids[:, there, None] == doc_ids[:, None, past]
-                if parent_ids is not None:
-                    parent = parent_ids[:, there, None]
-                    same |= (parent == doc_ids[:, None, past]) & (parent > 0)
-                allowed = same & allowed
-            if near is not None:
-                places_BT, window = near
-                allowed = allowed & (places_BT[:, there, None] - places_BT[:, None, past] < window)
-            pieces = allowed.split(block, -1)
-            blocks = [other for other, piece in enumerate(pieces) if piece.any()]
-            packed, most = torch.cat([pieces[other] for other in blocks], -1), int(allowed.sum(-1).max())
-        keys = torch.cat([places[other] for other in blocks])
-        chunks.append(Chunk(part, there.start, blocks, keys, packed, topk is not None and most > topk))
-    return chunks
-
-
-@dataclass
-class Index:
-    """An indexer's view of a row: queries [B, T, J, d], blocks of keys [B, S, d], head weights [B, T, J].
-
-    Where later layers share its choice, it is remembered by the chunk's start: what was taken of the chunk's keys, as
-    a mask [B, t, S] or, where keys are gathered, by a run of chunks' start as positions [B, t, k].
-    """
-
-    indexer: Indexer
-    queries: Tensor
-    keys: Sequence[Tensor]
-    weights: Tensor
-    learns: bool
-    lends: bool
-    masks: dict[int, Tensor] = field(default_factory=dict)
-    positions: dict[int, Tensor] = field(default_factory=dict)
-
-    def scores(self, chunk: Chunk) -> Tensor:
-        """I [B, t, S] over the chunk's keys."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            keys = _join(self.keys, chunk.blocks, 1)
-            return self.indexer.scores(self.queries[:, chunk.part], keys, self.weights[:, chunk.part])
-
-    def scores_at(self, part: slice, positions: Tensor) -> Tensor:
-        """I [B, t, k] of a run of queries at their positions [B, t, k] in the row only."""
-        keys = torch.cat(list(self.keys), 1)
-        return self.indexer.scores_at(self.queries[:, part], keys, self.weights[:, part], positions)
-
-    @torch.no_grad()
-    def choose(self, run: Sequence[Chunk]) -> Tensor:
-        """The keys that each query of neighbouring chunks takes: positions in the row [B, t, k], int32, then -1."""
-        known = self.positions.get(run[0].part.start)
-        if known is not None:
-            return known
-        row_BTd = torch.cat(list(self.keys), 1)
-        rows, start, stop = len(self.weights), run[0].part.start, run[-1].part.stop
-        positions = torch.empty(
-            rows, stop - start, self.indexer.topk, dtype=torch.int32, device=self.weights.device
-        )
-
-        def take(place: tuple[Chunk, int, slice], scratch: Scratch) -> None:
-            chunk, b, few = place
-            past = slice(max(chunk.in_row(few).stop, self.indexer.topk + 1))
-            keys = row_BTd[b, past] if chunk.packed_BtS is None else row_BTd[b, chunk.keys]
-            scores = self.indexer.tiled_scores(self.queries[b, few], keys, self.weights[b, few], scratch)
-            taken = choose(chunk.hide(scores, b, few), self.indexer.topk, scratch)
-            mine = torch.where(taken < 0, -1, chunk.keys[taken.clamp_min(0)])
-            positions[b, few.start - start : few.stop - start] = mine
-
-        parts = ((chunk, spans(chunk.part.start, chunk.part.stop, FEW)) for chunk in run)
-        each(take, [(chunk, b, few) for chunk, fews in parts for b in range(rows) for few in fews])
-        if self.lends:
-            self.positions[start] = positions
-        return positions
-
-
-def _join(pieces: Sequence[Tensor], blocks: Sequence[int], dim: int) -> Tensor:
-    """The chosen blocks side by side. Pieces of one `split` get their gradients by one copy, unlike slices."""
-    return pieces[blocks[0]] if len(blocks) == 1 else torch.cat([pieces[number] for number in blocks], dim)
 
 
 class MLA(nn.Module):
@@ -316,7 +126,7 @@ class MLA(nn.Module):
                 outs.append(out)
                 kl, rows = kl + chunk_kl, rows + chunk_rows
                 continue
-            q_BHtd, mine_BHSd = q_BHTd[:, :, chunk.part], _join(keys, chunk.blocks, 2)
+            q_BHtd, mine_BHSd = q_BHTd[:, :, chunk.part], chunk.of(keys, 2)
             scores_BtS, mask_BtS = self._choose(index, chunk)
             if scores_BtS is not None and seen.indexer_loss != "off":
                 support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
@@ -328,7 +138,7 @@ class MLA(nn.Module):
                 kl, rows = kl + chunk_kl, rows + chunk_rows
             outs.append(
                 F.scaled_dot_product_attention(
-                    q_BHtd, mine_BHSd, _join(values, chunk.blocks, 2), mask_BtS.unsqueeze(1), scale=self.scale
+                    q_BHtd, mine_BHSd, chunk.of(values, 2), mask_BtS.unsqueeze(1), scale=self.scale
                 ).transpose(1, 2)
             )
         out_BTHV = torch.cat(outs, 1)
