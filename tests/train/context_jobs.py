@@ -18,7 +18,7 @@ from fullarc.train.parallel.context import ContextTrainer, DividedContext
 
 SPARSE = LmLoss(mtp_steps=2, mtp_rows=0.5, aux_weight=0.1, index_weight=1.0)
 LOSSES = {
-    "dense": LmLoss(mtp_steps=3, aux_weight=0.1, z_weight=1e-3),
+    "dense": LmLoss(mtp_steps=3, aux_weight=0.1),
     "warmup": partial(indexer_warmup_loss, mtp_steps=2),
     "sparse": SPARSE,
 }

@@ -40,16 +40,14 @@ class LossSum:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """sum(lse - logit[target] + z lse^2); gradients are made in the forward pass, chunk by chunk."""
+    """sum(lse - logit[target]); gradients are made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD) if need_weight else None
-        nll, penalty = hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+        nll = hidden_ND.new_zeros(())
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             logits_CV = hidden_ND[part] @ weight_VD.T
@@ -58,11 +56,9 @@ class _CrossEntropySum(torch.autograd.Function):
             largest_C = logits_CV.amax(-1)
             grad_CV = logits_CV.sub_(largest_C[:, None]).exp_()
             sum_C = grad_CV.sum(-1)
-            lse_C = largest_C + sum_C.log()
-            nll = nll + (lse_C - chosen_C).sum()
-            penalty = penalty + (lse_C * lse_C).sum()
+            nll += (largest_C + sum_C.log() - chosen_C).sum()
             if need_hidden or need_weight:
-                grad_CV.mul_(((1 + 2 * z * lse_C) / sum_C)[:, None])
+                grad_CV.div_(sum_C[:, None])
                 grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full((1, 1), -1.0).expand(len(targets_C1), 1))
                 if grad_hidden_ND is not None:
                     torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
@@ -70,27 +66,24 @@ class _CrossEntropySum(torch.autograd.Function):
                     grad_weight_VD.addmm_(grad_CV.T, hidden_ND[part])
             del grad_CV, logits_CV  # or two chunks would live at once
         ctx.grads = grad_hidden_ND, grad_weight_VD
-        ctx.mark_non_differentiable(nll)
-        return nll + z * penalty, nll
+        return nll
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_total, (grad_hidden_ND, grad_weight_VD) = grad_outputs[0], ctx.grads
         hidden = None if grad_hidden_ND is None else grad_hidden_ND * grad_total
         weight = None if grad_weight_VD is None else grad_weight_VD * grad_total
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None
 
 
-def cross_entropy_sum(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = CHUNK, z: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of `targets_N` in nats (with z * lse^2 each), and the same without the z term.
+def cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Summed cross-entropy of `targets_N` in nats.
 
     The gradients of one backward pass are computed on the way; peak extra memory is chunk * V plus D * (N +
     V).
     """
-    total, nll = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, chunk, z)
-    return total, nll
+    total: Tensor = _CrossEntropySum.apply(hidden_ND, weight_VD, targets_N, chunk)
+    return total
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -153,7 +146,6 @@ class LmLoss:
 
     Attributes:
         aux_weight: weight of the sequence balance loss.
-        z_weight: weight of the squared log-partition of the next-token softmax.
         index_weight: weight of the KL on the selected set (inputs are detached in the model); 0 = not
             computed.
     """
@@ -162,7 +154,6 @@ class LmLoss:
     mtp_weight: float = 0.3
     mtp_rows: float = 1.0
     aux_weight: float = 0.0
-    z_weight: float = 0.0
     index_weight: float = 0.0
     chunk: int = CHUNK
 
@@ -174,9 +165,9 @@ class LmLoss:
     def __call__(self, model: Any, batch: Batch) -> LossSum:
         out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss=self.indexer)
         targets = batch.targets(1)
-        total, nll, count = _ce(model, out.hidden_BTD, targets, self.chunk, self.z_weight)
+        total, count = _ce(model, out.hidden_BTD, targets, self.chunk)
         weight = int(targets[1].sum())  # of the rows, of which another process may have a part
-        metrics: dict[str, tuple[float, float]] = {"loss": (float(nll), count)}
+        metrics: dict[str, tuple[float, float]] = {"loss": (float(total.detach()), count)}
         parts, load_LE = [out], out.router_load_LE
         if self.mtp_steps:
             n_rows = math.ceil(self.mtp_rows * len(batch.ids_BT))
@@ -190,9 +181,9 @@ class LmLoss:
             )
             scale = self.mtp_weight / self.mtp_steps * len(batch.ids_BT) / n_rows
             for depth, state_BTD in enumerate(extra.hidden):
-                loss, nll, predicted = _ce(model, state_BTD, part.targets(2 + depth), self.chunk)
+                loss, predicted = _ce(model, state_BTD, part.targets(2 + depth), self.chunk)
                 total = total + scale * loss
-                metrics[f"mtp_loss_{depth + 1}"] = (float(nll), predicted)
+                metrics[f"mtp_loss_{depth + 1}"] = (float(loss.detach()), predicted)
             parts.append(extra)
             load_LE = torch.cat((load_LE, extra.router_load_LE))
         if self.aux_weight:
@@ -204,15 +195,11 @@ class LmLoss:
         return LossSum(total, count, metrics, load_LE)
 
 
-def _ce(
-    model: Any, hidden_BTD: Tensor, targets: tuple[Tensor, Tensor], chunk: int, z: float = 0.0
-) -> tuple[Tensor, Tensor, int]:
-    """Summed cross-entropy at the trained positions here only, without its z term, and their number."""
+def _ce(model: Any, hidden_BTD: Tensor, targets: tuple[Tensor, Tensor], chunk: int) -> tuple[Tensor, int]:
+    """Summed cross-entropy at the trained positions here only, and their number."""
     targets_BT, mask_BT = map(model.context.targets, targets)
-    total, nll = cross_entropy_sum(
-        hidden_BTD[mask_BT], model.lm_head.weight, targets_BT[mask_BT], chunk=chunk, z=z
-    )
-    return total, nll, int(mask_BT.sum())
+    total = cross_entropy_sum(hidden_BTD[mask_BT], model.lm_head.weight, targets_BT[mask_BT], chunk)
+    return total, int(mask_BT.sum())
 
 
 def indexer_warmup_loss(model: Any, batch: Batch, mtp_steps: int = 0) -> LossSum:
@@ -242,7 +229,7 @@ def evaluate(model: Any, batches: Sequence[Batch], indexer_loss: str = "off") ->
     loss, kl, count = 0.0, 0.0, 0
     for batch in batches:
         out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss=indexer_loss)
-        _, nll, targets = _ce(model, out.hidden_BTD, batch.targets(1), CHUNK)
+        nll, targets = _ce(model, out.hidden_BTD, batch.targets(1), CHUNK)
         loss, count = loss + float(nll), count + targets
         kl += float(out.index_kl) * targets if out.index_kl is not None else 0.0
     means = {"loss": loss / max(count, 1)}

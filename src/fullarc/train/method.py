@@ -55,7 +55,6 @@ def method_of(stage: LMStage) -> Method:
             mtp_weight=stage.mtp_weight,
             mtp_rows=stage.mtp_rows,
             aux_weight=stage.aux_loss,
-            z_weight=stage.z_loss,
             index_weight=stage.indexer_weight,
         ),
         router_bias_rate=stage.router_bias_rate,
