@@ -84,6 +84,28 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
             ["stages.sft.processes = 7 (command line)", "model.num_hidden_layers = 4", "at most 5 stages"],
         ),
         (["stages.sft.parallel=cp", "stages.sft.processes=3"], ["seq_len 1024", "each of 3 processes"]),
+        (
+            ["stages.sft.parallel=cp", "stages.sft.processes=2", "model.gqa_kv_heads=2"],
+            ["stages.sft.parallel = 'cp' (command line)", "model.gqa_kv_heads = 2"],
+        ),
+        (
+            ["stages.sft.parallel=fsdp2+ep", "stages.sft.processes=3", "stages.sft.batch_tokens=6144"],
+            ["stages.sft.processes = 3 (command line) does not divide model.n_routed_experts = 8"],
+        ),
+        (
+            ["stages.sft.parallel=fsdp2", "stages.sft.processes=2", "stages.sft.batch_tokens=5120"],
+            ["stages.sft", "5 rows in passes of 2", "1 of its passes over", "2 processes"],
+        ),
+        (
+            [
+                "stages.pretrain.parallel=fsdp2",
+                "stages.pretrain.processes=4",
+                "stages.pretrain.batch_warmup_steps=3",
+                "stages.pretrain.batch_start_tokens=512",
+            ],
+            ["a batch of 2 rows in passes of 1 leaves 2"],
+        ),
+        (["stages.sft.parallel=cp+pp"], ["stages.sft.parallel = 'cp+pp' (command line)", "'zero1', 'fsdp2'"]),
         (["stages.agentic_rl.eta=20"], ["eta 20 > tau 16"]),
         (["stages.reasoning_rl.max_new_tokens=5000"], ["leaves no room"]),
         (["stages.distil.teachers.code=dsaa"], ["teachers.code = 'dsaa'", "not an earlier stage"]),

@@ -92,6 +92,34 @@ def bad_loss(ranks: Ranks, config: ModelConfig, rows: Path, fsdp: bool) -> str:
     return "nothing"
 
 
+def not_finite(ranks: Ranks, config: ModelConfig, rows: Path, experts: bool, name: str) -> tuple[str, str]:
+    """NaN in the last row of a weight, which the last rank has; then in its gradient: what this rank is told."""
+    trainer = new_fsdp_trainer(config, ranks, experts=experts)
+    mine, micro, told = trainer.parameters[name], batches(rows)[0].split(1), []
+    before = {key: value.clone() for key, value in trainer.parameters.items()}
+    everywhere = trainer._everywhere
+
+    def spoilt(out):
+        sums = everywhere(out)
+        if ranks.rank == ranks.size - 1:
+            mine.grad[-1] = torch.nan
+        return sums
+
+    if ranks.rank == ranks.size - 1:
+        mine.data[-1] = torch.nan
+    for _ in range(2):
+        try:
+            trainer.step(micro, LOSS)
+        except NonFinite as error:
+            told.append(error.message)
+        mine.data.copy_(before[name])
+        trainer._everywhere = spoilt
+    assert all(torch.equal(value, before[key]) for key, value in trainer.parameters.items())
+    del trainer._everywhere
+    assert trainer.step(micro, LOSS)["count"] > 0  # all ranks go on together
+    return tuple(told)
+
+
 def sums(ranks: Ranks, blind: bool) -> tuple[bool, bool, list[tuple[Weights, Weights]]]:
     """Whether memory is shared for fp32 and for other numbers, and sums and copies of lists that grow and shrink.
 

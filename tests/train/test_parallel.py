@@ -159,6 +159,16 @@ def test_a_bad_loss_of_one_rank_stops_all_and_changes_nothing(config, make_rows,
     assert all("Step 0: the loss of micro-batch 3 is NaN or infinite" in message for message in told)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("name", ["lm_head.weight", "layers.1.mlp.experts.down_proj"])
+def test_every_rank_names_what_is_not_finite_on_one(config, make_rows, experts, name):
+    told = launch(jobs.not_finite, 2, config, make_rows(), experts, name)
+    assert told[0] == told[1]
+    assert f"first not finite: weight {name}" in told[0][0] and "the loss of micro-batch" in told[0][0]
+    assert f"the gradient is NaN or infinite; first not finite: gradient of {name} (1 in all)" in told[0][1]
+
+
 @pytest.mark.parametrize(
     "how, error, message",
     [

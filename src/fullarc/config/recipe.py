@@ -111,7 +111,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        if not re.fullmatch(r"[\w./:@ -]*", value):
+        if not re.fullmatch(r"[\w./:@ +-]*", value):
             raise UsageError(f"'{value}' in '{text}' is not a TOML value.", "Quote it as a string.") from None
         parsed = value
     return key.replace("-", "_").split("."), parsed
@@ -315,12 +315,7 @@ def _check(recipe: Recipe, layers: _Layers) -> None:
     for name, stage in recipe.stages.items():
         if isinstance(stage, LMStage):
             limits.append((f"stages.{name}.seq_len", stage.seq_len))
-            parts = len(net.index_groups) + (2 if stage.mtp_steps else 1)
-            if stage.parallel == "pp" and stage.processes > parts:
-                raise FullarcError(
-                    f"stages.{name}.processes = {stage.processes} ({layers.origin(f'stages.{name}.processes')}): a "
-                    f"pipeline of model.num_hidden_layers = {net.num_hidden_layers} has at most {parts} stages."
-                )
+            _check_parallel(name, stage, net, layers)
         if isinstance(stage, SFT) and stage.qat_bits and stage.qat_group:
             for size in ("hidden_size", "moe_intermediate_size"):
                 if getattr(net, size) % stage.qat_group:
@@ -350,3 +345,24 @@ def _check(recipe: Recipe, layers: _Layers) -> None:
                 f"{path} = {value} ({layers.origin(path)}) exceeds model.max_position_embeddings = {positions} "
                 f"({layers.origin('model.max_position_embeddings')})."
             )
+
+
+def _check_parallel(name: str, stage: LMStage, net: ModelConfig, layers: _Layers) -> None:
+    """Whether the model can be divided as a stage says."""
+    count, ways = stage.processes, stage.parallel
+    if count == 1:
+        return
+    where = f"stages.{name}.processes = {count} ({layers.origin(f'stages.{name}.processes')})"
+    parts = len(net.index_groups) + (2 if stage.mtp_steps else 1)
+    if ways == "pp" and count > parts:
+        raise FullarcError(
+            f"{where}: a pipeline of model.num_hidden_layers = {net.num_hidden_layers} has at most {parts} stages."
+        )
+    if ways == "fsdp2+ep" and net.n_routed_experts % count:
+        raise FullarcError(f"{where} does not divide model.n_routed_experts = {net.n_routed_experts}.")
+    if ways == "cp" and net.gqa_kv_heads:
+        raise FullarcError(
+            f"stages.{name}.parallel = 'cp' ({layers.origin(f'stages.{name}.parallel')}) shares latents, which the "
+            f"grouped-query attention of model.gqa_kv_heads = {net.gqa_kv_heads} has none of.",
+            "Choose another `parallel`, or gqa_kv_heads = 0.",
+        )

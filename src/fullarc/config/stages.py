@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
 
 Parallel = Literal["zero1", "fsdp2", "fsdp2+ep", "cp", "pp"]
+PIPELINE_FILL = 4
+"""Default micro-batches for each stage of a pipeline, which then idles at most a fifth of the time."""
 
 
 class Settings(BaseModel):
@@ -95,6 +97,17 @@ class LMStage(Compute):
         """Rows per optimizer step."""
         return self.batch_tokens // self.seq_len
 
+    @property
+    def first_rows(self) -> int:
+        """Rows of the first step, of which all batches are multiples."""
+        return self.batch_start_tokens // self.seq_len if self.batch_warmup_steps else self.batch_rows
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows per forward pass."""
+        parts = {"cp": 2, "pp": PIPELINE_FILL * self.processes}.get(self.parallel, self.processes)
+        return self.micro_batch_rows or max(1, self.first_rows // max(2, parts))
+
     @model_validator(mode="after")
     def _batch_is_whole_rows(self) -> "LMStage":
         if self.batch_tokens % self.seq_len:
@@ -120,6 +133,13 @@ class LMStage(Compute):
             raise ValueError(
                 f"seq_len {self.seq_len} cannot be cut into two equal runs for each of {self.processes} processes"
             )
+        if self.parallel.startswith("fsdp2"):
+            for rows in range(self.first_rows, self.batch_rows + 1, self.first_rows):
+                if passes := -(-rows // self.micro_rows) % self.processes:
+                    raise ValueError(
+                        f"a batch of {rows} rows in passes of {self.micro_rows} leaves {passes} of its passes over "
+                        f"after equal shares for {self.processes} processes"
+                    )
         return self
 
 

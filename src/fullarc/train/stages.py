@@ -30,8 +30,6 @@ from fullarc.train.schedule import batch_size
 from fullarc.train.trainer import Trainer
 
 HELD_ROWS = 4
-PIPELINE_FILL = 4
-"""Default micro-batches for each stage of a pipeline, which then idles at most a fifth of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,14 +294,12 @@ def _phase(ctx: StageContext, model_in: Path | None) -> Phase:
             f"stages.{ctx.name}.mtp_steps is {depths} but the model has no MTP layer.",
             "Set mtp_steps = 0 or model.num_nextn_predict_layers = 1.",
         )
-    first_rows = stage.batch_start_tokens // stage.seq_len if stage.batch_warmup_steps else stage.batch_rows
-    parts = {"cp": 2, "pp": PIPELINE_FILL * stage.processes}.get(stage.parallel, stage.processes)
     return Phase(
         **vars(method_of(stage)),
         rows=rows,
         batch_rows=stage.batch_rows,
-        micro_rows=stage.micro_batch_rows or max(1, first_rows // max(2, parts)),
-        batch_start=first_rows,
+        micro_rows=stage.micro_rows,
+        batch_start=stage.first_rows,
         batch_warmup=stage.batch_warmup_steps,
         save_every=stage.save_every,
         log_every=stage.log_every,

@@ -13,7 +13,7 @@ state needed to continue bit for bit is the weights, `state()` and the position 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -187,8 +187,9 @@ class Trainer:
         return [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
 
     def _non_finite(self, what: str) -> NonFinite:
-        """The error that names the first bad weight, else the first bad gradient; drops all gradients."""
-        where = self._not_finite()
+        """The error that names the first bad weight of any rank, else the first bad gradient; drops all gradients."""
+        where = list(dict.fromkeys(name for names in self.ranks.gather(self._not_finite()) for name in names))
+        where.sort(key=lambda name: not name.startswith("weight "))
         for parameter in self.parameters.values():
             parameter.grad = None
         first = f"; first not finite: {where[0]} ({len(where)} in all)" if where else ""
@@ -198,11 +199,15 @@ class Trainer:
         )
 
     def _not_finite(self) -> list[str]:
-        """What has a value that is NaN or infinite, weights first."""
+        """What of this rank has a value that is NaN or infinite, weights first."""
         grads = ((name, p.grad) for name, p in self.parameters.items() if p.grad is not None)
-        return [f"weight {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()] + [
+        return [f"weight {name}" for name, weight in self._weights() if not torch.isfinite(weight).all()] + [
             f"gradient of {name}" for name, grad in grads if not torch.isfinite(grad).all()
         ]
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        """All weights that are here, trained or not."""
+        return self.model.named_parameters()
 
     def whole_model(self) -> Any:
         """The model with all of its weights, on the first rank at least; every rank must ask."""

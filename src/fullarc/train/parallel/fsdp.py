@@ -12,7 +12,7 @@ With expert parallelism the rows of the experts' weights are whole experts: they
 Invariant: equal to one process up to the order of sums. Micro-batches must divide evenly: a pass is collective.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,9 @@ class FsdpTrainer(Trainer):
             self.parameters[name].grad = None if parameter.grad is None else _rows(parameter.grad)
             parameter.grad = None
         return sums.over(self.ranks, ())
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        return ((name, _rows(parameter)) for name, parameter in self.model.named_parameters())
 
     def whole_model(self) -> GlmMoeDsa:
         """The model with all of its weights on the first rank, an empty one on the others."""

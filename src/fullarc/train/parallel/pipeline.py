@@ -279,11 +279,6 @@ class PipelineTrainer(Trainer):
         """Whether no rank before this one has the parameter."""
         return not any(name in names for names in self._held[: self.ranks.rank])
 
-    def _not_finite(self) -> list[str]:
-        return list(
-            dict.fromkeys(name for names in self.ranks.gather(super()._not_finite()) for name in names)
-        )
-
     # --- checkpoints --------------------
 
     def whole_model(self) -> GlmMoeDsa:
