@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "eval": ("fullarc.evals.stage:run",),
     "report": ("fullarc.view.report:write",),
 }
-# settings that change how fast a step goes but not what comes out (several processes: up to the order of sums)
+# settings that change how fast a step goes but not what comes out (several processes, compiled layers: up to rounding)
 NOT_RESULT = {
     "threads",
     "save_every",
@@ -57,6 +57,7 @@ NOT_RESULT = {
     "processes",
     "parallel",
     "checkpoint_activations",
+    "compile",
 }
 IN_SANDBOX = {"midtrain", "sft", "reasoning_rl", "agentic_rl", "general_rl", "distil", "eval"}
 

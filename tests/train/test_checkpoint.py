@@ -67,7 +67,8 @@ def tiny_phase(rows, steps=9):
 def train_and_die(rows, out, **how):
     """Run in a child: trains, and is killed from outside; what it prints says when it may be."""
     torch.set_num_threads(1)
-    phase = replace(tiny_phase(rows), compute=Compute(**how))
+    computed = {name: how.pop(name) for name in list(how) if name in Compute.model_fields}
+    phase = replace(tiny_phase(rows), compute=Compute(**computed), **how)
     run_phase(phase, tiny, Path(out), log=lambda step, **_: print(step, flush=True))
 
 

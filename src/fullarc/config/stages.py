@@ -85,6 +85,9 @@ class LMStage(Compute):
         description="Forward passes computed at once; 0 = the recipe's threads. "
         "One in a process whose passes are shared: fsdp2, cp and pp.",
     )
+    compile: bool = Field(
+        False, description="Layers as C++, compiled in the first step: a minute that long stages earn back."
+    )
     processes: int = Field(1, ge=1, description="Processes that share each step.")
     parallel: Parallel = Field(
         "zero1",

@@ -45,6 +45,7 @@ class Phase(Method):
         parallel: what several processes divide, as in `LMStage`.
         mtp_steps: how often the loss applies the MTP layer; a pipeline places it accordingly.
         compute: in which precision, and what is kept for the backward pass.
+        compile: whether layers run as compiled C++.
         seed: seed of the order of the rows.
     """
 
@@ -61,6 +62,7 @@ class Phase(Method):
     parallel: Parallel = "zero1"
     mtp_steps: int = 0
     compute: Compute = Compute()
+    compile: bool = False
 
 
 def run_phase(
@@ -91,7 +93,12 @@ def run_phase(
         if ranks.first:
             saved.clear()
         return dict(saved_data_state(out)["metrics"])
-    trainer = _trainer(phase, prepare(begin(), phase.compute), ranks)
+    model = prepare(begin(), phase.compute)
+    if phase.compile:
+        from fullarc.train.compile import compile_layers
+
+        compile_layers(model)
+    trainer = _trainer(phase, model, ranks)
     config = trainer.model.config
     rows = Rows(phase.rows, phase.batch_rows, phase.seed, config.vocab_size, phase.held)
     if rows.length > config.max_position_embeddings:
@@ -309,6 +316,7 @@ def _phase(ctx: StageContext, model_in: Path | None) -> Phase:
         parallel=stage.parallel,
         mtp_steps=depths,
         compute=stage,
+        compile=stage.compile,
     )
 
 

@@ -31,7 +31,7 @@ from fullarc.train.trainer import LossFn, Trainer
 
 
 class DividedContext(Context):
-    """This rank's share of the positions; see `Context`.
+    """This rank's share of the positions; see `Context`. What talks to other ranks is never compiled.
 
     Raises:
         FullarcError: rows cannot be cut into two runs a rank.
@@ -62,17 +62,20 @@ class DividedContext(Context):
         """States are computed where their positions are."""
         return self.own(x)
 
+    @torch.compiler.disable
     def gather(self, *tensors: Tensor) -> Sequence[Tensor]:
         """One all-gather for all; a reduce-scatter in the backward pass."""
         joined_BtX = torch.cat(tensors, -1)
         return _Gather.apply(joined_BtX, self.ranks.size).split([x.shape[-1] for x in tensors], -1)
 
+    @torch.compiler.disable
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all."""
         total = x.detach().clone()
         self.ranks.sum_([total])
         return total
 
+    @torch.compiler.disable
     def attend(self, attention: Callable[..., Any], *arguments: Any) -> Any:
         """Attention is computed again in the backward pass; what it expands of all positions is not kept."""
         return checkpoint(attention, *arguments, use_reentrant=False, preserve_rng_state=False)
