@@ -120,8 +120,9 @@ def not_finite(ranks: Ranks, config: ModelConfig, rows: Path, experts: bool, nam
     return tuple(told)
 
 
-def sums(ranks: Ranks, blind: bool) -> tuple[bool, bool, list[tuple[Weights, Weights]]]:
-    """Whether memory is shared for fp32 and for other numbers, and sums and copies of lists that grow and shrink.
+def sums(ranks: Ranks, blind: bool) -> tuple[bool, bool, list[tuple[Weights, Weights, Weights]]]:
+    """Whether memory is shared for fp32 and for other numbers; sums, copies and sums at owners of lists that grow and
+    shrink.
 
     `blind`: the last rank finds another file where the first one's should be.
     """
@@ -131,10 +132,12 @@ def sums(ranks: Ranks, blind: bool) -> tuple[bool, bool, list[tuple[Weights, Wei
     shared = memory.sum_([torch.ones(2)]), memory.sum_([torch.ones(2, dtype=torch.float64)])
     results = []
     for shapes in ([(3,)], [(0,), (5, 2)], [(1000,), (7, 3), (2,)], [(1,)]):
-        both = [random(ranks.rank, shapes), random(ranks.rank, shapes)]
-        ranks.sum_(both[0])
-        ranks.spread_(both[1], [i % ranks.size for i in range(len(shapes))])
-        results.append(tuple(arrays(dict(enumerate(tensors))) for tensors in both))
+        summed, spread, reduced = (random(ranks.rank, shapes) for _ in range(3))
+        owners = [i % ranks.size for i in range(len(shapes))]
+        ranks.sum_(summed)
+        ranks.spread_(spread, owners)
+        ranks.reduce_(reduced, owners)
+        results.append(tuple(arrays(dict(enumerate(found))) for found in (summed, spread, reduced)))
     return *shared, results
 
 

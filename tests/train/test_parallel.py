@@ -65,14 +65,18 @@ def test_the_sharded_optimizer_makes_the_same_bits_with_a_share_of_the_state(con
 )
 def test_sums_go_through_shared_memory_in_the_order_of_the_ranks(size, blind):
     """Where one rank cannot see the memory, none uses it, and sums are the same up to their order."""
-    for shared, doubles, results in launch(jobs.sums, size, blind):
+    for rank, (shared, doubles, results) in enumerate(launch(jobs.sums, size, blind)):
         assert (shared, doubles) == (not blind, False)
-        for summed, spread in results:
+        for summed, spread, reduced in results:
             inputs = [jobs.random(rank, [array.shape for array in summed.values()]) for rank in range(size)]
             for i in summed:
                 total = sum((tensors[i] for tensors in inputs[1:]), inputs[0][i]).numpy()
                 assert np.allclose(summed[i], total, rtol=1e-6) if blind else np.array_equal(summed[i], total)
                 assert np.array_equal(spread[i], inputs[i % size][i].numpy())
+                owned = total if i % size == rank else inputs[rank][i].numpy()
+                assert (
+                    np.allclose(reduced[i], owned, rtol=1e-6) if blind else np.array_equal(reduced[i], owned)
+                )
 
 
 def test_owners_are_balanced():

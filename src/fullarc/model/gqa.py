@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.indexer import Index
-from fullarc.model.ops import apply_rope
+from fullarc.model.ops import apply_rope, causal_attention
 from fullarc.model.quant import Linear
 from fullarc.model.visibility import Visibility
 
@@ -43,9 +43,7 @@ class GQA(nn.Module):
         q_BHTd, k_BHTd = self.queries_and_keys(h_BTD, seen.cos, seen.sin)
         v_BHTV = self._per_head(self.v_proj(h_BTD).unflatten(-1, (self.kv_heads, -1)))
         if seen.chunks is None:
-            out_BHTV = F.scaled_dot_product_attention(
-                q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=self.scale
-            )
+            out_BHTV = causal_attention(q_BHTd, k_BHTd, v_BHTV, self.scale)
             return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), None, index
         outs = []
         for chunk in seen.chunks:

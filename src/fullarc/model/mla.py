@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fullarc.config.model import ModelConfig
 from fullarc.model.gather import gathered_attention
 from fullarc.model.indexer import Index, Indexer, indexer_kl, select
-from fullarc.model.ops import RMSNorm, apply_rope
+from fullarc.model.ops import RMSNorm, apply_rope, causal_attention
 from fullarc.model.quant import Linear
 from fullarc.model.visibility import Chunk, Visibility
 
@@ -112,10 +112,7 @@ class MLA(nn.Module):
         v_BHSV = v_BSHV.transpose(1, 2)
 
         if seen.chunks is None:
-            out_BHTV = F.scaled_dot_product_attention(
-                q_BHTd, k_BHSd, v_BHSV, is_causal=True, scale=self.scale
-            )
-            return out_BHTV.transpose(1, 2), None, None
+            return causal_attention(q_BHTd, k_BHSd, v_BHSV, self.scale).transpose(1, 2), None, None
         keys, values = k_BHSd.split(seen.block, 2), v_BHSV.split(seen.block, 2)
         stored_BSW = torch.cat((latent_BSC, k_rope_BSR), -1)
         outs, kl, rows = [], q_nope.new_zeros((), dtype=torch.float32), q_nope.new_zeros((), dtype=torch.long)

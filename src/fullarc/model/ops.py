@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CAUSAL_BLOCK = 128
+SHORT_ROW = 512
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = w x / rms(x) over the last dimension; the backward pass in the fewest passes over memory.
@@ -65,6 +68,28 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+
+
+def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
+    """Attention [B, H, T, V] of rows that are one document each, dense.
+
+    On a CPU short rows go a block of queries at a time, each with its past only: the backward pass of torch's kernel
+    computes the whole square of a short causal row, and takes a third longer.
+    """
+    length = q_BHTd.shape[2]
+    if q_BHTd.device.type != "cpu" or not CAUSAL_BLOCK < length <= SHORT_ROW:
+        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
+    past_TT = torch.ones(length, length, dtype=torch.bool).tril()
+    outs = []
+    for start in range(0, length, CAUSAL_BLOCK):
+        part, past = slice(start, start + CAUSAL_BLOCK), slice(start + CAUSAL_BLOCK)
+        k_BHSd, v_BHSV, mask_tS = k_BHTd[:, :, past], v_BHTV[:, :, past], past_TT[part, past]
+        outs.append(
+            F.scaled_dot_product_attention(
+                q_BHTd[:, :, part], k_BHSd, v_BHSV, mask_tS[None, None], scale=scale
+            )
+        )
+    return torch.cat(outs, 2)
 
 
 def sort_keys(scores: Tensor) -> Tensor:

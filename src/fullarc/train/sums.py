@@ -3,7 +3,7 @@
 Shapes: L MoE layers, E experts.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,8 +36,10 @@ class StepSums:
         if out.router_load_LE is not None:
             self.load_LE = out.router_load_LE if self.load_LE is None else self.load_LE + out.router_load_LE
 
-    def over(self, ranks: Ranks, parameters: Collection[nn.Parameter]) -> "StepSums":
-        """The sums over all ranks, and gradients replaced by theirs; after a bad loss these are left alone.
+    def over(
+        self, ranks: Ranks, parameters: Mapping[str, nn.Parameter], owners: Mapping[str, int]
+    ) -> "StepSums":
+        """The sums over all ranks, and each gradient's at its owner; after a bad loss gradients are left alone.
 
         A rank that had no micro-batch, or no gradient of a parameter that another rank has one of, adds zeros.
         """
@@ -49,7 +51,7 @@ class StepSums:
                 "metrics": self.metrics,
                 "bad": self.bad,
                 "load": None if self.load_LE is None else list(self.load_LE.shape),
-                "has_grad": [parameter.grad is not None for parameter in parameters],
+                "has_grad": [parameter.grad is not None for parameter in parameters.values()],
             }
         )
         total = StepSums(sum(one["count"] for one in told))
@@ -58,17 +60,20 @@ class StepSums:
         total.bad = min((one["bad"] for one in told if one["bad"] is not None), default=None)
         if total.bad is not None:
             return total
-        tensors: list[Tensor] = []
-        for parameter, *has_grad in zip(parameters, *(one["has_grad"] for one in told), strict=True):
-            if any(has_grad):
+        grads: list[Tensor] = []
+        takers: list[int] = []
+        has_grad = zip(*(one["has_grad"] for one in told), strict=True)
+        for (name, parameter), somewhere in zip(parameters.items(), has_grad, strict=True):
+            if any(somewhere):
                 grad = parameter.grad
                 parameter.grad = torch.zeros_like(parameter) if grad is None else grad.contiguous()
-                tensors.append(parameter.grad)
+                grads.append(parameter.grad)
+                takers.append(owners[name])
+        ranks.reduce_(grads, takers)
         shape = next((one["load"] for one in told if one["load"] is not None), None)
         if shape is not None:
             total.load_LE = torch.zeros(shape) if self.load_LE is None else self.load_LE.clone()
-            tensors.append(total.load_LE)
-        ranks.sum_(tensors)
+            ranks.sum_([total.load_LE])
         return total
 
     def means(self) -> dict[str, float]:

@@ -163,8 +163,9 @@ class Trainer:
         return replace(out, total=out.total.detach()), grads
 
     def _everywhere(self, sums: StepSums) -> StepSums:
-        """The step's sums and gradients over all ranks."""
-        return sums.over(self.ranks, self.parameters.values())
+        """The step's sums over all ranks, and those of gradients at the rank whose optimizer uses them."""
+        owners = self.optimizer.owners if isinstance(self.optimizer, ShardedOptimizer) else {}
+        return sums.over(self.ranks, self.parameters, owners)
 
     def _normalise(self, count: float) -> float:
         """Divide the gradients by the step's count, clip, and return the norm before clipping.

@@ -160,7 +160,7 @@ class FsdpTrainer(Trainer):
         for name, parameter in self._sharded.items():
             self.parameters[name].grad = None if parameter.grad is None else _rows(parameter.grad)
             parameter.grad = None
-        return sums.over(self.ranks, ())
+        return sums.over(self.ranks, {}, {})
 
     def _weights(self) -> Iterable[tuple[str, Tensor]]:
         return ((name, _rows(parameter)) for name, parameter in self.model.named_parameters())

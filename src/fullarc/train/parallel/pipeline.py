@@ -261,7 +261,7 @@ class PipelineTrainer(Trainer):
     # --- what is decided together --------------------
 
     def _everywhere(self, sums: StepSums) -> StepSums:
-        total = sums.over(self.ranks, ())
+        total = sums.over(self.ranks, {}, {})
         if total.bad is None and len(self._embedded) == 2 and self.ranks.rank in self._embedded:
             weight = self.parameters[EMBEDDING]
             mine = torch.zeros_like(weight) if weight.grad is None else weight.grad

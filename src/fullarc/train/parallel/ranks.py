@@ -41,6 +41,13 @@ class Ranks:
         if self.size > 1 and tensors and not self._shared.sum_(tensors):
             _wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors])
 
+    def reduce_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Replace each contiguous tensor, at its owner, by its sum over the ranks; elsewhere it stays as it is."""
+        if self.size > 1 and tensors and not self._shared.reduce_(tensors, owners):
+            pairs = list(zip(tensors, owners, strict=True))
+            scratch = [(x if owner == self.rank else x.clone(), owner) for x, owner in pairs]
+            _wait([dist.reduce(tensor, owner, async_op=True) for tensor, owner in scratch])
+
     def spread_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         """Replace each tensor by its owner's."""
         if self.size > 1 and not self._shared.spread_(tensors, owners):

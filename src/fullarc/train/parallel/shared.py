@@ -50,6 +50,26 @@ class SharedRows:
         dist.barrier()
         return True
 
+    def reduce_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> bool:
+        """Replace each tensor at its owner by its sum over the ranks; False, and nothing done, where that cannot be."""
+        rows_RN = self._rows(tensors)
+        if rows_RN is None:
+            return False
+        views = [_views(row_N, tensors) for row_N in rows_RN]
+        foreign = [at for at, owner in enumerate(owners) if owner != self.rank]
+        if foreign:
+            torch._foreach_copy_([views[self.rank][at] for at in foreign], [tensors[at] for at in foreign])
+        dist.barrier()
+        for at, owner in enumerate(owners):
+            if owner == self.rank:
+                parts = [tensors[at] if rank == owner else view[at] for rank, view in enumerate(views)]
+                total = parts[0] + parts[1]
+                for part in parts[2:]:
+                    total += part
+                tensors[at].copy_(total)
+        dist.barrier()
+        return True
+
     def spread_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> bool:
         """Replace each tensor by its owner's; False, and nothing done, where that cannot be."""
         rows_RN = self._rows(tensors)
