@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fullarc.config.errors import FullarcError
+from fullarc.config.machine import environment
 
 # verbs whose own module reads the rest of the command line: verb -> (module:function(argv) -> exit code, help)
 DELEGATED = {
@@ -29,7 +30,8 @@ DELEGATED = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; errors for people are one sentence on stderr."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes, not threads, are what runs in parallel
+    for name, value in environment().items():
+        os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in DELEGATED:

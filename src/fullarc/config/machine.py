@@ -1,10 +1,14 @@
-"""The machine that a figure was measured on, from /proc and package metadata; nothing here imports torch."""
+"""The machine: what a figure was measured on, and how a process should start on it; nothing here imports torch."""
 
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+ZEN_4 = ("AuthenticAMD", "25")  # Zen 3 as well, which has none of it
+AVX512_OF_NUMPY = "X86_V4 AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"
+"""All names that its versions have for it; those that one does not know it passes over."""
 
 
 def machine() -> dict[str, Any]:
@@ -17,6 +21,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": _version("torch"),
     }
+
+
+def environment() -> dict[str, str]:
+    """Variables that a process of ours should start with, before torch and numpy are imported.
+
+    One thread a process: processes, not threads, are what runs in parallel. On Zen 4 numpy partitions without AVX-512,
+    whose compressing store is microcode there: in a fifth of the time.
+    """
+    found = {"OMP_NUM_THREADS": "1"}
+    if (_field("/proc/cpuinfo", "vendor_id"), _field("/proc/cpuinfo", "cpu family")) == ZEN_4:
+        found["NPY_DISABLE_CPU_FEATURES"] = AVX512_OF_NUMPY
+    return found
 
 
 def _field(path: str, name: str) -> str:

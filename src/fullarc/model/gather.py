@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fullarc.model.pieces import QUERIES, Scratch, each, gather, lanes, spans
 
-ROOM = 2**24  # bytes of keys that are gathered at once
+ROOM = 2**22  # bytes of keys that are gathered at once: what is computed from them stays in the cache
 
 
 class _Gathered(torch.autograd.Function):
@@ -44,10 +44,11 @@ class _Gathered(torch.autograd.Function):
             for few in _few(q_tHW, positions):
                 mine = positions[b, part][few]
                 chosen, _ = gather(keys_BSW[b], mine, scratch)
-                p = _softmax(torch.bmm(chosen, q_tHW[few].mT), mine)
-                torch.bmm(p.mT, chosen[..., :latent], out=sums_tHC[few])
+                p = scratch("p", q_tHW, len(mine), heads, mine.shape[-1])
+                _softmax_(torch.bmm(q_tHW[few], chosen.mT, out=p), mine)
+                torch.bmm(p, chosen[..., :latent], out=sums_tHC[few])
                 if weigh:
-                    mass[b, part][few] = p.sum(-1)
+                    mass[b, part][few] = p.sum(1)
             out[b, part] = torch.einsum("thc,hvc->thv", sums_tHC, up_v)
 
         each(attend, [(b, part) for b in range(rows) for part in spans(0, length, QUERIES)])
@@ -74,13 +75,14 @@ class _Gathered(torch.autograd.Function):
                 for few in _few(both, positions):
                     mine = positions[b, part][few]
                     chosen, where = gather(keys_BSW[b], mine, scratch)
-                    s = torch.bmm(chosen, both[few].mT)
-                    p, grad_p = _softmax(s[..., :heads], mine), s[..., heads:]
-                    grad_p.sub_((p * grad_p).sum(1, keepdim=True))
-                    torch.mul(p, grad_p, out=s[..., :heads])
-                    s[..., heads:] = p
-                    torch.bmm(s.mT, chosen, out=back[few])
-                    grad_keys.index_add_(0, where, torch.bmm(s, both[few], out=chosen).flatten(0, 1))
+                    s = scratch("s", both, len(mine), 2 * heads, mine.shape[-1])
+                    torch.bmm(both[few], chosen.mT, out=s)
+                    p, grad_p = _softmax_(s[:, :heads], mine), s[:, heads:]
+                    ds = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+                    grad_p.copy_(p)
+                    p.copy_(ds)
+                    torch.bmm(s, chosen, out=back[few])
+                    grad_keys.index_add_(0, where, torch.bmm(s.mT, both[few], out=chosen).flatten(0, 1))
                 grad_q, sums = back[:, :heads].mul_(ctx.scale), back[:, heads:, :latent]
                 grad_nope[b, part] = torch.einsum("thc,hnc->thn", grad_q[..., :latent], up_k)
                 grad_rope[b, part] = grad_q[..., latent:]
@@ -107,10 +109,10 @@ def _few(q_tHW: Tensor, positions: Tensor) -> list[slice]:
     return spans(0, len(q_tHW), max(1, ROOM // size))
 
 
-def _softmax(scores_tkH: Tensor, positions_tk: Tensor) -> Tensor:
+def _softmax_(scores_tHk: Tensor, positions_tk: Tensor) -> Tensor:
     if positions_tk[:, -1].amin() < 0:
-        scores_tkH = scores_tkH.masked_fill((positions_tk < 0)[..., None], -torch.inf)
-    return scores_tkH.softmax(1)
+        scores_tHk.masked_fill_((positions_tk < 0)[:, None], -torch.inf)
+    return torch.softmax(scores_tHk, -1, out=scores_tHk)
 
 
 def gathered_attention(
