@@ -14,7 +14,8 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fullarc.model import GlmMoeDsa
 from fullarc.train.parallel import Ranks, launch
 
 LENGTHS = (4096, 8192, 16384, 32768)
+PARTS = PREFILL, TRAINING = "prefill", "training step"
 TOPK = 512
 REPEATS = 3
 SHAPE: dict[str, Any] = dict(
@@ -65,47 +67,86 @@ def one_pass(_: Ranks, length: int, topk: int, training: bool, threads: int) -> 
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(_: argparse.Namespace) -> dict[str, Any]:
-    """The area's result."""
-    return {"claims": claims()}
+def options(parser: argparse.ArgumentParser) -> None:
+    """The area's own options."""
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
+    parser.add_argument(
+        "--length", action="append", type=int, choices=LENGTHS, help="only this one; may be repeated"
+    )
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The area's result, claim by claim."""
+    lengths, parts = sorted(chosen.length or LENGTHS), chosen.part or PARTS
+    return {"claims": claims(lengths, parts), "partial": bool(chosen.length or chosen.part)}
 
 
 def claims(
-    lengths: Sequence[int] = LENGTHS, topk: int = TOPK, repeats: int = REPEATS
-) -> list[dict[str, Any]]:
-    """All claims, in the form that `fullarc bench` prints; lengths below the last are told, not judged."""
-    threads, out = machine()["cores"], []
-    for training in (False, True):
-        name, ratios, peaks = ("training step" if training else "prefill"), [], []
+    lengths: Sequence[int] = LENGTHS, parts: Sequence[str] = PARTS, topk: int = TOPK, repeats: int = REPEATS
+) -> Iterator[dict[str, Any]]:
+    """The claims of these lengths and passes; a ratio at any but the longest of all is told, not judged."""
+    for part in parts:
+        found = []
         for length in lengths:
-            sides = [
-                [launch(one_pass, 1, length, k, training, threads)[0] for k in (length, topk)]
-                for _ in range(repeats)
-            ]
-            dense, sparse = (statistics.median(turn[side][0] for turn in sides) for side in (0, 1))
-            peaks.append([statistics.median(turn[side][1] for turn in sides) for side in (0, 1)])
-            ratio, last = dense / sparse, length == lengths[-1]
-            ratios.append(ratio)
-            detail = f"{dense:.2f} against {sparse:.2f} s; by arithmetic {arithmetic(length, topk):.1f} x"
-            out.append(
-                claim(f"{name} at {length:,}: sparse against dense attention", ratio, "x", ">= 2" if last else "",
-                      ratio >= 2 if last else None, detail)
-            )  # fmt: skip
-        out.append(
-            claim(f"{name} at {lengths[-1]:,}: peak memory against dense attention's", peaks[-1][1] / peaks[-1][0], "x",
-                  "<= 1", peaks[-1][1] <= peaks[-1][0], "; ".join(f"{d:.0f} and {s:.0f} MB" for d, s in peaks),
-                  better="lower")
-        )  # fmt: skip
-        if len(lengths) > 1:
-            growth, longer = peaks[-1][1] / peaks[-2][1], lengths[-1] / lengths[-2]
-            out.append(
-                claim(f"{name}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
-                      growth <= longer, f"{peaks[-2][1]:.0f} and {peaks[-1][1]:.0f} MB", better="lower")
-            )  # fmt: skip
-            slower = [length for length, ratio in zip(lengths, ratios, strict=True) if ratio < 1]
-            below = max(slower, default=0)
-            out.append(
-                claim(f"{name}: the longest row that dense attention is faster on", below, "tokens",
-                      f"< {lengths[-1]}", below < lengths[-1], f"by arithmetic {crossover(topk):,}", better="lower")
-            )  # fmt: skip
-    return out
+            found.append(_measured(length, topk, part == TRAINING, repeats))
+            yield _faster(part, found[-1], length == max(LENGTHS), topk)
+        yield _smaller(part, found)
+        if tuple(lengths) == LENGTHS:
+            yield from _along(part, found, topk)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians of both sides at one length: seconds and peak memory in MB of (dense, sparse) attention."""
+
+    length: int
+    seconds: tuple[float, float]
+    peak_mb: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        """Dense over sparse seconds."""
+        return self.seconds[0] / self.seconds[1]
+
+
+def _measured(length: int, topk: int, training: bool, repeats: int) -> Measured:
+    threads = machine()["cores"]
+    turns = [
+        [launch(one_pass, 1, length, k, training, threads)[0] for k in (length, topk)] for _ in range(repeats)
+    ]
+    seconds, peaks = (
+        tuple(statistics.median(turn[side][what] for turn in turns) for side in (0, 1)) for what in (0, 1)
+    )
+    return Measured(length, seconds, peaks)
+
+
+def _faster(part: str, at: Measured, judged: bool, topk: int) -> dict[str, Any]:
+    dense, sparse = at.seconds
+    return claim(
+        f"{part} at {at.length:,}: sparse against dense attention", at.ratio, "x", ">= 2" if judged else "",
+        at.ratio >= 2 if judged else None,
+        f"{dense:.2f} against {sparse:.2f} s; by arithmetic {arithmetic(at.length, topk):.1f} x",
+    )  # fmt: skip
+
+
+def _smaller(part: str, found: Sequence[Measured]) -> dict[str, Any]:
+    dense, sparse = found[-1].peak_mb
+    return claim(
+        f"{part} at {found[-1].length:,}: peak memory against dense attention's", sparse / dense, "x", "<= 1",
+        sparse <= dense, "; ".join("{:.0f} and {:.0f} MB".format(*at.peak_mb) for at in found), better="lower",
+    )  # fmt: skip
+
+
+def _along(part: str, found: Sequence[Measured], topk: int) -> Iterator[dict[str, Any]]:
+    """How memory grows with the length, and from which on sparse attention is faster."""
+    before, last = found[-2:]
+    growth, longer = last.peak_mb[1] / before.peak_mb[1], last.length / before.length
+    yield claim(
+        f"{part}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
+        growth <= longer, f"{before.peak_mb[1]:.0f} and {last.peak_mb[1]:.0f} MB", better="lower",
+    )  # fmt: skip
+    below = max((at.length for at in found if at.ratio < 1), default=0)
+    yield claim(
+        f"{part}: the longest row that dense attention is faster on", below, "tokens", f"< {last.length}",
+        below < last.length, f"by arithmetic {crossover(topk):,}", better="lower",
+    )  # fmt: skip

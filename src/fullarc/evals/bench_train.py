@@ -12,8 +12,9 @@ import argparse
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from fullarc.train import Batch, LmLoss, OptimSettings, Trainer, trained
 from fullarc.train.parallel import ALONE, Ranks, launch
 
 SIZES = ("2m", "5m", "20m")
+PARTS = ("peers", "products", "processes", "optimizer")
 REPEATS = 5
 ROWS, LENGTH = 8, 512
 LARGE_BATCH = 16  # rows: 8k tokens
 PROCESSES = 2
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-PRODUCTS = ("mm", "bmm", "baddbmm", "addmm", "_grouped_mm", _FLASH, f"{_FLASH}_backward")
+PRODUCTS = ("mm", "bmm", "baddbmm", "addmm", "addmm_", "_grouped_mm", _FLASH, f"{_FLASH}_backward")
 
 
 def transformers_config(config: ModelConfig) -> Any:
@@ -63,7 +65,7 @@ class Ours:
     config: ModelConfig
     rows: int
     workers: int
-    length: int = LENGTH
+    length: int = field(default_factory=lambda: LENGTH)
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class Theirs:
     config: ModelConfig
     rows: int
     threads: int
-    length: int = LENGTH
+    length: int = field(default_factory=lambda: LENGTH)
 
     def __post_init__(self) -> None:
         theirs = transformers_config(self.config)
@@ -161,41 +163,84 @@ def _made(described: Any) -> Any:
     return made.normal_() if dtype.is_floating_point else made.fill_(1)
 
 
-def measure(_: argparse.Namespace) -> dict[str, Any]:
-    """The area's result."""
-    return {"claims": claims()}
+def options(parser: argparse.ArgumentParser) -> None:
+    """The area's own options."""
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
+    parser.add_argument("--size", action="append", choices=SIZES, help="only this one; may be repeated")
 
 
-def claims(sizes: Sequence[str] = SIZES, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """All claims, in the form that `fullarc bench` prints."""
-    cores = machine()["cores"]
-    out = []
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The area's result, claim by claim."""
+    sizes, parts = chosen.size or SIZES, chosen.part or PARTS
+    return {"claims": claims(sizes, parts), "partial": bool(chosen.size or chosen.part)}
+
+
+def claims(
+    sizes: Sequence[str] = SIZES, parts: Sequence[str] = PARTS, repeats: int = REPEATS
+) -> Iterator[dict[str, Any]]:
+    """The claims of these sizes and parts."""
     for size in sizes:
         config = preset(size)
-        ours, theirs = Ours(config, ROWS, cores), Theirs(config, ROWS, cores)
-        mine, plain = in_turn([ours.step, theirs.step], repeats)
-        tokens = ROWS * LENGTH
-        out.append(
-            claim(f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3",
-                   plain / mine >= 3, f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s")
-        )  # fmt: skip
-        del ours, theirs
-        alone = Ours(config, ROWS, 1)
+        alone = Alone(config, repeats)
+        if "peers" in parts:
+            yield peers(config, size, alone, repeats)
+        if "products" in parts:
+            share = 100 * alone.products / alone.step
+            yield claim(
+                f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
+                share >= 60, f"{alone.counted} products, one thread", gated=True,
+            )  # fmt: skip
+        if "processes" in parts:
+            shared = max(launch(_seconds_of_a_rank, PROCESSES, config, ROWS, LENGTH, repeats))
+            yield claim(
+                f"training step, {size}: {PROCESSES} processes against one", alone.step / shared, "x", ">= 1.6",
+                alone.step / shared >= 1.6, f"{alone.step:.2f} against {shared:.2f} s, one thread each",
+            )  # fmt: skip
+        if "optimizer" in parts:
+            yield optimizer(config, size, repeats)
+
+
+class Alone:
+    """A step in one thread of one process, measured when it is asked for."""
+
+    def __init__(self, config: ModelConfig, repeats: int) -> None:
+        self.config, self.repeats = config, repeats
+
+    @cached_property
+    def _measured(self) -> tuple[float, float, int]:
+        side = Ours(self.config, ROWS, 1)
         with Products() as products:
-            alone.step()
-        (whole,) = in_turn([alone.step], repeats)
-        share = 100 * products.seconds_alone(repeats) / whole
-        out.append(
-            claim(f"training step, {size}: share of the time that its products take alone", share, "%", ">= 60",
-                   share >= 60, f"{sum(products.seen.values())} products, one thread", gated=True)
-        )  # fmt: skip
-        shared = max(launch(_seconds_of_a_rank, PROCESSES, config, ROWS, alone.length, repeats))
-        out.append(
-            claim(f"training step, {size}: {PROCESSES} processes against one", whole / shared, "x", ">= 1.6",
-                   whole / shared >= 1.6, f"the same with {cores} threads in one process: {whole / mine:.2f} x")
-        )  # fmt: skip
-        out.append(_muon_claim(config, size, repeats))
-    return out
+            side.step()
+        (step,) = in_turn([side.step], self.repeats)
+        return step, products.seconds_alone(self.repeats), sum(products.seen.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds."""
+        return self._measured[0]
+
+    @property
+    def products(self) -> float:
+        """Seconds that its products take when each is computed by itself."""
+        return self._measured[1]
+
+    @property
+    def counted(self) -> int:
+        """How many products it has."""
+        return self._measured[2]
+
+
+def peers(config: ModelConfig, size: str, alone: Alone, repeats: int) -> dict[str, Any]:
+    """The plain loop, and what the ratio would be if a step of ours were nothing but its products on all cores."""
+    cores, tokens = machine()["cores"], ROWS * LENGTH
+    ours, theirs = Ours(config, ROWS, cores), Theirs(config, ROWS, cores)
+    mine, plain = in_turn([ours.step, theirs.step], repeats)
+    del ours, theirs
+    bound = plain / (alone.products / cores)
+    return claim(
+        f"training step, {size}: tokens/s against transformers + AdamW", plain / mine, "x", ">= 3", plain / mine >= 3,
+        f"{tokens / mine:,.0f} against {tokens / plain:,.0f} tokens/s; {bound:.1f} x if it were products alone",
+    )  # fmt: skip
 
 
 def _seconds_of_a_rank(ranks: Ranks, config: ModelConfig, rows: int, length: int, repeats: int) -> float:
@@ -203,29 +248,25 @@ def _seconds_of_a_rank(ranks: Ranks, config: ModelConfig, rows: int, length: int
     return in_turn([Ours(config, rows, 1, length, ranks).step], repeats)[0]
 
 
-def _muon_claim(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
+def optimizer(config: ModelConfig, size: str, repeats: int) -> dict[str, Any]:
+    """Its share of a step of many tokens."""
     side = Ours(config, LARGE_BATCH, 1)
-    whole, muon = list[float](), list[float]()
+    whole, update = list[float](), list[float]()
     step = side.trainer.optimizer.step
 
     def timed(lr: float) -> None:
         began = time.perf_counter()
         step(lr)
-        muon.append(time.perf_counter() - began)
+        update.append(time.perf_counter() - began)
 
     side.trainer.optimizer.step = timed  # type: ignore[method-assign]
     for _ in range(repeats + 1):
         began = time.perf_counter()
         side.step()
         whole.append(time.perf_counter() - began)
-    share = 100 * statistics.median(muon[1:]) / statistics.median(whole[1:])
-    tokens = LARGE_BATCH * LENGTH
+    share = 100 * statistics.median(update[1:]) / statistics.median(whole[1:])
+    tokens = LARGE_BATCH * side.length
     return claim(
-        f"optimizer's share of a step of {tokens:,} tokens, {size}",
-        share,
-        "%",
-        "< 15",
-        share < 15,
-        "one thread",
+        f"optimizer's share of a step of {tokens:,} tokens, {size}", share, "%", "< 15", share < 15, "one thread",
         better="lower",
-    )
+    )  # fmt: skip
