@@ -83,6 +83,9 @@ def test_documents_are_hidden_from_attention_only_when_isolated(make_rows):
 def test_bad_folders_are_named(make_rows, tmp_path):
     with pytest.raises(FullarcError, match=r"token id \d+ \(row \d+, position \d+\) is outside .* 40"):
         Rows(make_rows("big"), 2, 0, vocab_size=40)
+    with pytest.raises(FullarcError, match="token id 63 .* vocabulary of 63"):
+        Rows(make_rows("big"), 2, 0, vocab_size=63)
+    Rows(make_rows("big"), 2, 0, vocab_size=64)
     with pytest.raises(FullarcError, match="holds no rows"):
         empty = np.zeros((0, 8), np.uint16)
         Rows(make_rows("empty", ids=empty, loss=empty, docs=empty), 2, 0)

@@ -6,6 +6,7 @@ import pytest
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.recipe import load_recipe
+from fullarc.config.stages import Pretrain
 from fullarc.train import learning_rate
 from fullarc.train.schedule import batch_size
 
@@ -83,3 +84,20 @@ def test_a_warm_up_that_cannot_be_is_named(settings, message):
     common = ["size=nano", "stages.pretrain.seq_len=32", "stages.pretrain.batch_tokens=128"]
     with pytest.raises(FullarcError, match=f"stages.pretrain.*{message}"):
         load_recipe(None, [*common, *(f"stages.pretrain.{setting}" for setting in settings)])
+
+
+@pytest.mark.parametrize(
+    "settings, passes",
+    [
+        ({}, 4),
+        ({"processes": 4}, 2),
+        ({"micro_batch_rows": 1}, 1),
+        ({"batch_start_tokens": 512, "batch_warmup_steps": 5}, 1),
+        ({"batch_start_tokens": 1024, "batch_warmup_steps": 5, "processes": 2}, 2),
+        ({"parallel": "pp", "processes": 2}, 1),
+        ({"parallel": "cp", "processes": 4}, 4),
+    ],
+)
+def test_a_pass_is_a_share_of_the_smallest_batch(settings, passes):
+    """Eight rows of 256 tokens."""
+    assert Pretrain(batch_tokens=2048, **settings).micro_rows == passes

@@ -196,8 +196,13 @@ def test_load_statistics_by_hand(config):
 
 def test_a_step_tells_the_load_of_every_layer_over_all_micro_batches(model, make_rows):
     batch = Rows(make_rows(), 4, 0).next()
-    load = sum(LOSS(model, part).router_load_LE for part in batch.split(2))
-    metrics = make_trainer(model).step(batch.split(2), LOSS)
+    for module in (model.layers[1].mlp.gate, model.mtp_layer.mlp.gate):
+        module.weight.data *= 5  # so that micro-batches differ
+    loads = [LOSS(model, part).router_load_LE for part in batch.split(1)]
+    load = sum(loads)
+    uneven = [one.amax(-1) / one.mean(-1) for one in (load, loads[0], loads[-1])]
+    assert all((uneven[0] - one).abs().max() > 1e-3 for one in uneven[1:])
+    metrics = make_trainer(model).step(batch.split(1), LOSS)
     for name, load_E in zip(("layer_1", "mtp"), load, strict=True):
         assert metrics[f"expert_load/{name}"] == pytest.approx(float(load_E.max() / load_E.mean()))
     assert metrics["expert_load"] == max(metrics["expert_load/layer_1"], metrics["expert_load/mtp"])
