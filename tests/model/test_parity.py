@@ -50,6 +50,8 @@ def test_logits_agree(pair: tuple) -> None:
         {"n_group": 4, "topk_group": 2},
         {"index_n_heads": 32},
         {"rope_theta": 1e6},
+        {"qk_nope_head_dim": 12, "v_head_dim": 28},  # values of another width than queries and keys
+        {"qk_nope_head_dim": 40, "qk_rope_head_dim": 4, "v_head_dim": 20},
         {"index_topk_freq": 3, "index_skip_topk_offset": 1},  # IndexShare: layers 0 and 3 choose
         {"indexer_types": ("full", "shared", "full", "shared")},
     ],

@@ -28,6 +28,7 @@ SHAPES = [
     {"n_group": 4, "topk_group": 2},
     {"index_topk_freq": 3, "index_skip_topk_offset": 1},
     {"norm_topk_prob": False, "n_shared_experts": 2},
+    {"qk_nope_head_dim": 12, "v_head_dim": 28},
 ]
 
 

@@ -79,16 +79,15 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: floa
     length = q_BHTd.shape[2]
     if q_BHTd.device.type != "cpu" or not CAUSAL_BLOCK < length <= SHORT_ROW:
         return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
-    past_TT = torch.ones(length, length, dtype=torch.bool).tril()
-    outs = []
-    for start in range(0, length, CAUSAL_BLOCK):
-        part, past = slice(start, start + CAUSAL_BLOCK), slice(start + CAUSAL_BLOCK)
-        k_BHSd, v_BHSV, mask_tS = k_BHTd[:, :, past], v_BHTV[:, :, past], past_TT[part, past]
-        outs.append(
-            F.scaled_dot_product_attention(
-                q_BHTd[:, :, part], k_BHSd, v_BHSV, mask_tS[None, None], scale=scale
-            )
+    past_TT, outs = torch.ones(length, length, dtype=torch.bool).tril(), []
+    for number, q_BHtd in enumerate(q_BHTd.split(CAUSAL_BLOCK, 2)):
+        part = slice(number * CAUSAL_BLOCK, (number + 1) * CAUSAL_BLOCK)
+        k_BHSd, v_BHSV, mask_tS = (
+            k_BHTd[:, :, : part.stop],
+            v_BHTV[:, :, : part.stop],
+            past_TT[part, : part.stop],
         )
+        outs.append(F.scaled_dot_product_attention(q_BHtd, k_BHSd, v_BHSV, mask_tS[None, None], scale=scale))
     return torch.cat(outs, 2)
 
 
