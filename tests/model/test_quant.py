@@ -201,3 +201,11 @@ def test_searched_scales_are_the_best_of_the_grid() -> None:
                 assert float(error[row, group]) == pytest.approx(min(tried), rel=1e-3, abs=1e-9)
         plain = (dequantize(*quantize(weight, scheme)) - weight).square().sum()
         assert error.sum() < plain if scheme.bits == 4 else error.sum() <= plain * 1.0001
+
+
+def test_the_search_goes_down_to_half_the_scale() -> None:
+    """A single outlier of twelve sigma among many is clamped to half of itself, the least that there is."""
+    weight = torch.randn(1, 8192, generator=torch.Generator().manual_seed(2))
+    weight[0, 7] = 12
+    _, scale = quantize_best(weight, QuantScheme(4, 0))
+    assert float(scale) == pytest.approx(12 / 7.5 / 2, rel=1e-5)

@@ -51,6 +51,10 @@ def test_a_rotated_network_is_the_same_function(source: Path, tmp_path: Path) ->
         for part in ("q_a_proj", "q_a_layernorm", "q_b_proj", "indexer.wq_b", "kv_a_proj_with_mqa",
                      "kv_a_layernorm", "kv_b_proj", "o_proj")
     }  # fmt: skip
+    for tail in changed:
+        layers = [name for name in before if name.endswith(f"self_attn.{tail}")]
+        assert len(layers) == model.config.num_hidden_layers + 1, "the MTP layer as well"
+        assert not any(torch.equal(before[name], after[name]) for name in layers), tail
     (tmp_path / "turned/manifest.json").unlink()
     save_file(after, tmp_path / "turned/model.safetensors")
     turned = load_model(tmp_path / "turned")
@@ -60,6 +64,18 @@ def test_a_rotated_network_is_the_same_function(source: Path, tmp_path: Path) ->
         assert torch.allclose(ours.logits, theirs.logits, atol=2e-4)
         drafts = [net.mtp(theirs.trunk.hidden_BTD, ids, steps=2).hidden[1] for net in (turned, model)]
     assert torch.allclose(*drafts, atol=2e-4)
+
+
+def test_every_layer_turns_its_own_way(source: Path) -> None:
+    tensors, config = read_tensors(source), load_model(source).config
+    names = [f"model.layers.{layer}.self_attn.q_a_proj.weight" for layer in (0, 1)]
+    tensors[names[1]] = tensors[names[0]].clone()
+    turned = rotate(tensors, config)
+    assert not torch.allclose(turned[names[0]], turned[names[1]])
+    again, other = rotate(tensors, config), rotate(tensors, config, seed=1)
+    assert torch.equal(again[names[0]], turned[names[0]]) and not torch.equal(
+        other[names[0]], again[names[0]]
+    )
 
 
 def test_outliers_cost_less_after_it(source: Path, tmp_path: Path) -> None:
