@@ -10,7 +10,9 @@ anything but its inputs: memory is O(T k) for the positions.
 
 With g[h] = U_v[h]^T dout[h] and rows [q' g] and [ds p] of all heads side by side, backward is three products a query:
 
-    (s, dp) = key [q' g]^T      (dq', sum p latent) = [ds p]^T key      dkey = [ds p] [q' g]      ds = p (dp - sum p dp)
+    (s, dp) = [q' g] key^T      (dq', sum p latent) = [ds p] key      dkey = [ds p]^T [q' g]      ds = p (dp - sum p dp)
+
+Heads come before keys in all of them: a softmax then runs along memory, and the short side of a product is its rows.
 
 Shapes: B rows, t queries, H heads, S keys, k chosen, N|R query, C latent, V value, W = C + R what a key stores.
 """

@@ -80,14 +80,14 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: floa
     if q_BHTd.device.type != "cpu" or not CAUSAL_BLOCK < length <= SHORT_ROW:
         return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
     past_TT, outs = torch.ones(length, length, dtype=torch.bool).tril(), []
-    for number, q_BHtd in enumerate(q_BHTd.split(CAUSAL_BLOCK, 2)):
-        part = slice(number * CAUSAL_BLOCK, (number + 1) * CAUSAL_BLOCK)
-        k_BHSd, v_BHSV, mask_tS = (
-            k_BHTd[:, :, : part.stop],
-            v_BHTV[:, :, : part.stop],
-            past_TT[part, : part.stop],
+    for q_BHtd, mask_tT in zip(q_BHTd.split(CAUSAL_BLOCK, 2), past_TT.split(CAUSAL_BLOCK), strict=True):
+        past = slice((len(outs) + 1) * CAUSAL_BLOCK)
+        mask_11tS = mask_tT[None, None, :, past]
+        outs.append(
+            F.scaled_dot_product_attention(
+                q_BHtd, k_BHTd[:, :, past], v_BHTV[:, :, past], mask_11tS, scale=scale
+            )
         )
-        outs.append(F.scaled_dot_product_attention(q_BHtd, k_BHSd, v_BHSV, mask_tS[None, None], scale=scale))
     return torch.cat(outs, 2)
 
 
