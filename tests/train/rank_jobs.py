@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
@@ -21,6 +22,7 @@ from fullarc.train import (
     OptimSettings,
     Rows,
     Trainer,
+    checkpoint,
     load_checkpoint,
     run_phase,
     save_checkpoint,
@@ -212,8 +214,15 @@ def optimize(ranks: Ranks, config: ModelConfig, kind: str) -> tuple[Weights, Wei
 
 
 def save(ranks: Ranks, config: ModelConfig, rows: Path, folder: Path) -> tuple[Weights, Weights]:
-    """Train a step, write a checkpoint; weights and this rank's optimizer state."""
+    """Train a step, write a checkpoint, the last rank late; weights and this rank's optimizer state."""
     trainer = new_trainer(config, ranks)
+
+    def late(*arguments):
+        time.sleep(0.5)
+        save_file(*arguments)
+
+    if ranks.rank == ranks.size - 1:
+        checkpoint.save_file = late
     trainer.step(batches(rows)[0].split(1), LOSS)
     save_checkpoint(folder, trainer, {"place": 7})
     return arrays(trainer.model.state_dict()), arrays(trainer.optimizer.tensors())

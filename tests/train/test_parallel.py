@@ -1,5 +1,6 @@
 """Several processes train as one would, and fail as one would."""
 
+import json
 import os
 import signal
 import subprocess
@@ -92,6 +93,8 @@ def test_a_checkpoint_of_two_ranks_is_read_by_any_number(config, make_rows, tmp_
     moments = saved[0][1] | saved[1][1]
     files = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
+    listed = json.loads((tmp_path / "saved" / "manifest.json").read_text())["files"]
+    assert sum(name.startswith("trainer/optimizer-") for name in listed) == 2
     read = {1: [jobs.load(ALONE, config, tmp_path / "saved")]}
     read[4] = launch(jobs.load, 4, config, tmp_path / "saved")
     for ranks in read.values():

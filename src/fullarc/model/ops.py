@@ -79,7 +79,8 @@ def causal_attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: floa
     length = q_BHTd.shape[2]
     if q_BHTd.device.type != "cpu" or not CAUSAL_BLOCK < length <= SHORT_ROW:
         return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTV, is_causal=True, scale=scale)
-    past_TT, outs = torch.ones(length, length, dtype=torch.bool).tril(), []
+    past_TT = torch.ones(length, length, dtype=torch.bool).tril()
+    outs: list[Tensor] = []
     for q_BHtd, mask_tT in zip(q_BHTd.split(CAUSAL_BLOCK, 2), past_TT.split(CAUSAL_BLOCK), strict=True):
         past = slice((len(outs) + 1) * CAUSAL_BLOCK)
         mask_11tS = mask_tT[None, None, :, past]
