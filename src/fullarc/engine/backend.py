@@ -6,12 +6,14 @@ the kernels are several times faster and need a C compiler. Emulated FP8 exists 
 
 import functools
 import sys
+from collections.abc import Set
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
+from fullarc.engine import native
 from fullarc.engine import weights as plain
 from fullarc.engine.cache import Latents
 from fullarc.engine.core import Chunk, Core
@@ -83,6 +85,16 @@ def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32", kernels: 
     """The fused weights of `model`, for computing in `dtype`, as the forward pass of `kernels` wants them."""
     make = pack if resolve(kernels, dtype) == "native" else plain.prepare
     return make(model, version, dtype)
+
+
+def adapt(base: Weights, model: GlmMoeDsa, attention: Set[int], ffn: Set[int]) -> Weights:
+    """`base`, but of the layers that are named (the MTP layer after the last) the attention and the FFN of `model`.
+
+    All else is shared with `base`.
+    """
+    if isinstance(base, NativeWeights):
+        return native.adapt(base, model, attention, ffn)
+    return plain.adapt(base, model, attention, ffn)
 
 
 def kernels_of(weights: Weights) -> str:

@@ -4,7 +4,8 @@ Invariant: in fp32 results stay within 1e-5 of the trainer's forward.
 Shape suffixes: as in model/ops.py; A = padded attention heads, W = C + R (width of an absorbed key).
 """
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -204,9 +205,12 @@ def _moe(w: FusedMoE, dtype: str) -> MoEWeights:
     return MoEWeights(w.router, _experts(w.gate_up, dtype), _experts(w.down, dtype), shared)
 
 
+def _ffn_or_moe(w: FusedFFN | FusedMoE, dtype: str) -> FFNWeights | MoEWeights:
+    return _moe(w, dtype) if isinstance(w, FusedMoE) else _ffn(w, dtype)
+
+
 def _layer(w: FusedLayer, config: ModelConfig, dtype: str) -> LayerWeights:
-    ffn = _moe(w.ffn, dtype) if isinstance(w.ffn, FusedMoE) else _ffn(w.ffn, dtype)
-    return LayerWeights(_attention(w.attention, config, dtype), w.ffn_norm, ffn)
+    return LayerWeights(_attention(w.attention, config, dtype), w.ffn_norm, _ffn_or_moe(w.ffn, dtype))
 
 
 def _mtp(w: FusedMTP, config: ModelConfig, dtype: str) -> MTPWeights:
@@ -238,3 +242,20 @@ def prepare(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> Engine
         dtype,
         None if mtp is None else _mtp(mtp, config, dtype),
     )
+
+
+@torch.no_grad()
+def adapt(base: EngineWeights, model: GlmMoeDsa, attention: Set[int], ffn: Set[int]) -> EngineWeights:
+    """`base`, but of the layers that are named the attention and the FFN of `model`; all else is shared."""
+    layers, mtp = fuse(model.float(), base.dtype)
+
+    def chosen(number: int, old: LayerWeights, new: FusedLayer) -> LayerWeights:
+        if number in attention:
+            old = replace(old, attention=_attention(new.attention, base.config, base.dtype))
+        return replace(old, ffn=_ffn_or_moe(new.ffn, base.dtype)) if number in ffn else old
+
+    pairs = zip(base.layers, layers, strict=True)
+    own = base.mtp
+    if own and mtp:
+        own = replace(own, layer=chosen(len(layers), own.layer, mtp.layer))
+    return replace(base, layers=tuple(chosen(n, *pair) for n, pair in enumerate(pairs)), mtp=own)

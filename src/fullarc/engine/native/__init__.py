@@ -2,6 +2,6 @@
 
 from fullarc.engine.native.core import NativeCore
 from fullarc.engine.native.library import Unavailable, available
-from fullarc.engine.native.weights import NativeWeights, pack
+from fullarc.engine.native.weights import NativeWeights, adapt, pack
 
-__all__ = ["NativeCore", "NativeWeights", "Unavailable", "available", "pack"]
+__all__ = ["NativeCore", "NativeWeights", "Unavailable", "adapt", "available", "pack"]

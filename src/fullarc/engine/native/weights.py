@@ -5,8 +5,8 @@ filled with zeros, which add nothing.
 """
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -219,20 +219,24 @@ def _layer(made: Packer, w: FusedLayer, c: ModelConfig) -> Layer:
     layer = Layer()
     _attention(made, layer, w.attention, c)
     layer.ffn_norm = made.vector(w.ffn_norm)
-    if not isinstance(w.ffn, FusedMoE):
-        _ffn(made, layer, w.ffn)
-        return layer
-    layer.experts, router = c.n_routed_experts, w.ffn.router
+    _ffn_or_moe(made, layer, w.ffn, c)
+    return layer
+
+
+def _ffn_or_moe(made: Packer, layer: Layer, w: FusedFFN | FusedMoE, c: ModelConfig) -> None:
+    if not isinstance(w, FusedMoE):
+        _ffn(made, layer, w)
+        return
+    layer.experts, router = c.n_routed_experts, w.router
     layer.router = made.matrix(Part(router.weight, exact=True))
     layer.router_bias = made.vector(router.e_score_correction_bias)
     size = c.moe_intermediate_size
     layer.experts_gate_up = made.several(
-        made.gated(both.at(slice(size)), both.at(slice(size, None))) for both in _experts(w.ffn.gate_up)
+        made.gated(both.at(slice(size)), both.at(slice(size, None))) for both in _experts(w.gate_up)
     )
-    layer.experts_down = made.several(map(made.matrix, _experts(w.ffn.down)))
-    if w.ffn.shared is not None:
-        _ffn(made, layer, w.ffn.shared)
-    return layer
+    layer.experts_down = made.several(map(made.matrix, _experts(w.down)))
+    if w.shared is not None:
+        _ffn(made, layer, w.shared)
 
 
 def _experts(part: Part) -> list[Part]:
@@ -266,6 +270,22 @@ def pack(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> NativeWei
         out.mtp_enorm, out.mtp_hnorm, out.mtp_norm = map(made.vector, (mtp.enorm, mtp.hnorm, mtp.norm))
         out.mtp_join = made.product([_join(mtp.join, c.hidden_size)])
     return NativeWeights(c, version, out, dtype, mtp is not None, [array, made])
+
+
+@torch.no_grad()
+def adapt(base: NativeWeights, model: GlmMoeDsa, attention: Set[int], ffn: Set[int]) -> NativeWeights:
+    """`base`, but of the layers that are named the attention and the FFN of `model`; all else is shared."""
+    layers, mtp = fuse(model.float(), base.dtype)
+    made, fused = Packer(base.dtype), [*layers, *([mtp.layer] if mtp else [])]
+    array = (Layer * len(fused))(*base.model.layer[: len(fused)])
+    for number, (layer, w) in enumerate(zip(array, fused, strict=True)):
+        if number in attention:
+            _attention(made, layer, w.attention, base.config)
+        if number in ffn:
+            _ffn_or_moe(made, layer, w.ffn, base.config)
+    out = Model.from_buffer_copy(base.model)
+    out.layer = array
+    return replace(base, model=out, kept=[array, made, *base.kept])
 
 
 def _join(part: Part, hidden: int) -> Part:
