@@ -82,6 +82,24 @@ def build() -> Callable[..., GlmMoeDsa]:
     return build_model
 
 
+@pytest.fixture(scope="session")
+def likely(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose MTP layer guesses well: its layers add little, so both see mostly the last token."""
+    model = build_model()
+    with torch.no_grad():
+        for layer in (*model.layers, model.mtp_layer):
+            layer.self_attn.o_proj.weight *= 0.2
+            for name, weight in layer.mlp.named_parameters():
+                weight *= 0.05 if "down" in name else 1.0
+        half = model.config.hidden_size
+        model.mtp_layer.eh_proj.weight.zero_()
+        model.mtp_layer.eh_proj.weight[:, :half] = torch.eye(half) * 2
+        model.lm_head.weight *= 3
+    folder = tmp_path_factory.mktemp("likely")
+    save_model(model, folder)
+    return folder
+
+
 @pytest.fixture(params=["native", "torch"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """Both forward passes."""

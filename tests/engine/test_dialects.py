@@ -6,7 +6,7 @@ import pytest
 from running import Running
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.engine import Engine, scheduler
+from fullarc.engine import Engine, sampler
 
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Run it.", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -34,7 +34,7 @@ def claude(server):
 @pytest.fixture
 def says(monkeypatch, talking):
     """says(seed, text): requests with that seed sample exactly this text."""
-    tok, scripts, first, real = talking[1], {}, {}, scheduler.sample
+    tok, scripts, first, real = talking[1], {}, {}, sampler.sample
 
     def sample(logits, params, positions, *rest):
         tokens, logprobs = real(logits, params, positions, *rest)
@@ -43,7 +43,7 @@ def says(monkeypatch, talking):
                 tokens[row] = scripts[p.seed][position - first.setdefault(p.seed, position)]
         return tokens, logprobs
 
-    monkeypatch.setattr(scheduler, "sample", sample)
+    monkeypatch.setattr(sampler, "sample", sample)
 
     def say(seed, text):
         scripts[seed] = tok.encode_raw(text)

@@ -29,24 +29,6 @@ class Steady:
         pass
 
 
-@pytest.fixture(scope="module")
-def likely(tmp_path_factory, build):
-    """A model whose MTP layer guesses well: its layers add little, so both see mostly the last token."""
-    model = build()
-    with torch.no_grad():
-        for layer in (*model.layers, model.mtp_layer):
-            layer.self_attn.o_proj.weight *= 0.2
-            for name, weight in layer.mlp.named_parameters():
-                weight *= 0.05 if "down" in name else 1.0
-        half = model.config.hidden_size
-        model.mtp_layer.eh_proj.weight.zero_()
-        model.mtp_layer.eh_proj.weight[:, :half] = torch.eye(half) * 2
-        model.lm_head.weight *= 3
-    folder = tmp_path_factory.mktemp("likely")
-    save_model(model, folder)
-    return folder
-
-
 def engine(folder, steps=0, pace=None, **kwargs):
     made = Engine(folder, **(dict(max_batch=4, max_len=256, chunk_tokens=48) | kwargs), draft_steps=steps)
     if steps:
@@ -182,6 +164,114 @@ def test_what_cannot_draft_is_refused(checkpoints, tmp_path, build):
     save_model(model, tmp_path)
     with pytest.raises(FullarcError, match="no MTP layer"):
         Engine(tmp_path, draft_steps=2)
+
+
+# --- penalties and statistics ---------------------------------------------------------------------------------------
+
+
+def test_drafts_see_the_requests_own_penalties(likely):
+    """A bias that decides every token decides every draft; a penalty that forbids repeating forbids drafting it."""
+    for steered in (dict(logit_bias=((7, 50.0),)), dict(frequency_penalty=2.0, presence_penalty=2.0)):
+        outcomes = []
+        for steps in (0, 4):
+            made = engine(likely, steps)
+            wanted = SamplingParams(max_new_tokens=30, temperature=0.0, **steered)
+            requests = [Request(str(n), list(prompt), wanted) for n, prompt in enumerate(PROMPTS)]
+            for request in requests:
+                made.scheduler.submit(request)
+            while not made.scheduler.idle:
+                made.scheduler.step()
+            outcomes.append([(r.ids, r.logprobs) for r in requests])
+        assert outcomes[0] == outcomes[1]
+        if "logit_bias" in steered:
+            assert {token for r in requests for token in r.output} == {7} and spec(made).accept_rate == 1.0
+        else:
+            assert spec(made).accept_rate > 0.25
+
+
+def test_every_draft_is_drawn_by_the_number_that_will_draw_its_token(likely):
+    """So later drafts are accepted too; drawn by other numbers none of them was."""
+    made = engine(likely, 4)
+    made.generate(PROMPTS, 60, temperature=1.0, stop_ids=(), seed=1)
+    first, second, third, _ = spec(made).per_position(4)
+    assert second > first / 4 and third > second / 4
+
+
+def test_the_statistics_are_those_of_what_is_seen(likely):
+    """Counted again from outside: the drafts before a step, and the tokens that it brought."""
+    made = engine(likely, 3)
+    requests = [Request(str(n), p, SamplingParams(max_new_tokens=40, temperature=0.7, seed=n)) for n, p in
+                enumerate(PROMPTS)]  # fmt: skip
+    for request in requests:
+        made.scheduler.submit(request)
+    seen = {request.rid: [0, 0, [0] * 5] for request in requests}
+    while not made.scheduler.idle:
+        before = [
+            (r, list(r.spec.drafts), len(r.output)) for r in made.scheduler.running.values() if r.spec.drafts
+        ]
+        made.scheduler.step()
+        for r, drafts, start in before:
+            new = r.output[start:]
+            right = next(
+                (i for i, (d, t) in enumerate(zip(drafts, new, strict=False)) if d != t), len(drafts)
+            )
+            seen[r.rid][0] += len(drafts)
+            seen[r.rid][1] += right
+            seen[r.rid][2][right] += 1
+            assert len(new) == right + 1
+    for r in requests:
+        proposed, accepted, histogram = seen[r.rid]
+        steps = sum(histogram)
+        assert (r.spec.proposed, r.spec.accepted, r.spec.histogram, r.spec.verified) == (
+            proposed, accepted, histogram, steps,
+        )  # fmt: skip
+        told = r.spec.told(40)
+        assert told["spec_accept_length"] == 40 / steps and told["spec_accept_rate"] == accepted / proposed
+        assert (told["spec_verify_ct"], told["spec_num_correct_drafts"], told["spec_num_proposed_drafts"]) == (
+            steps, accepted, proposed,
+        )  # fmt: skip
+        assert (told["spec_accept_token_num"], told["spec_draft_token_num"]) == (accepted, proposed)
+        assert told["spec_correct_drafts_histogram"] == histogram
+    total = spec(made)
+    assert (total.proposed, total.accepted) == tuple(sum(s[n] for s in seen.values()) for n in (0, 1))
+    assert total.per_position(3) == [sum(sum(s[2][n:]) for s in seen.values()) for n in (1, 2, 3)]
+    assert total.accept_length == 1 + total.accepted / total.verified > 1.5
+
+
+def test_the_pace_is_told_of_decoding_steps_alone(likely):
+    """And of these what they checked and brought; the number of drafts changes with every step."""
+
+    class Notes(Steady):
+        notes: list = []
+
+        def record(self, batch, drafts, tokens, seconds):
+            self.notes.append((batch, drafts, tokens, seconds > 0))
+
+    made = engine(likely, 4, Notes(2, 2, 0, 0, 4, 4, 4))
+    made.generate([PROMPTS[1]], 1, stop_ids=())
+    assert not made.scheduler.drafter.pace.notes, "a prompt is no decoding"
+    requests = [
+        Request(f"{n}", p, SamplingParams(max_new_tokens=40, temperature=0.0)) for n, p in enumerate(PROMPTS)
+    ]
+    for request in requests:
+        made.scheduler.submit(request)
+    expected = []
+    while not made.scheduler.idle:
+        running = [r for r in requests if r.slot >= 0 and not r.finish]
+        decoding = len(running) == 4 and all(r.logprobs for r in running)
+        drafts, before = (
+            max((len(r.spec.drafts) for r in running), default=0),
+            sum(len(r.output) for r in requests),
+        )
+        known, count = made.scheduler.drafter.pace.step, len(made.scheduler.drafter.pace.notes)
+        made.scheduler.step()
+        if decoding and len(made.scheduler.drafter.pace.notes) > count:
+            chosen = made.scheduler.drafter.pace.rhythm[(known + 1) % 7]
+            brought = sum(len(r.output) for r in requests) - before
+            assert drafts == chosen, "only a step that checked as many as it made"
+            expected.append((4, drafts, brought, True))
+    notes = [note for note in made.scheduler.drafter.pace.notes if note[0] == 4]
+    assert notes == expected and {drafts for _, drafts, _, _ in notes} == {0, 2, 4}
 
 
 # --- rejection sampling ---------------------------------------------------------------------------------------------

@@ -83,11 +83,11 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
 
     async def main():
         updates = Updates.__new__(Updates)
-        updates._lock, updates._open = asyncio.Lock(), None
+        updates.lock, updates._open = asyncio.Lock(), None
         updates.staging = SimpleNamespace(from_tensors=lambda parts, _version: loaded.append(sorted(parts)))
 
         async def install(load, _version, _policy):
-            async with updates._lock:
+            async with updates.lock:
                 await asyncio.to_thread(load, "1")
             return {}
 

@@ -6,7 +6,8 @@
 
 Invariants: the tokens are those of decoding without drafts, for every seed; what an MTP layer says only changes how
 many come at once. With `rejection` (more drafts are accepted at temperatures above 0) they are not the same ones, but
-of the same distribution. The MTP layer's rows of committed tokens are computed from the trunk's states.
+of the same distribution. The MTP layer's rows of committed tokens are computed from the trunk's states. Drafts are
+chosen as tokens are: by the request's own temperature, truncation and penalties.
 
 Drafts cost time: `Pace` measures what n drafts take and bring for batches of about the present size, and chooses n.
 """
@@ -21,6 +22,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.engine.backend import ForwardPass
 from fullarc.engine.core import Chunk
 from fullarc.engine.native import NativeCore
+from fullarc.engine.penalties import penalised
 from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
@@ -147,7 +149,7 @@ class Progress:
     """What the drafter must know of a sequence after a step.
 
     Attributes:
-        ids: all known tokens, of which the trunk has computed `computed`.
+        ids: all known tokens, `prompt` first, of which the trunk has computed `computed`.
         start, row: the step computed its rows from position `start` on, and they begin at `row` of the step's states.
         room: drafts that may follow; 0 where none are wanted.
     """
@@ -155,6 +157,7 @@ class Progress:
     spec: Speculation
     params: SamplingParams
     slot: int
+    prompt: list[int]
     ids: list[int]
     computed: int
     start: int
@@ -239,9 +242,13 @@ class Drafter:
                 states_ND = hidden_ND.index_select(0, torch.tensor([row for _, row in wanted]))
                 hidden_ND = self.core.look_ahead(chunks, states_ND)
                 wanted = [(s, row) for row, (s, _) in enumerate(wanted)]
-            logits = self.core.logits(hidden_ND, [row for _, row in wanted])
-            places = [len(s.ids) + depth for s, _ in wanted]
-            tokens, q_NV = draft(logits, [s.params for s, _ in wanted], places, self.rejection)
+            logits, params = (
+                self.core.logits(hidden_ND, [row for _, row in wanted]),
+                [s.params for s, _ in wanted],
+            )
+            ids = [s.ids + s.spec.drafts for s, _ in wanted]
+            steered = penalised(logits, params, [s.prompt for s, _ in wanted], ids)
+            tokens, q_NV = draft(steered, params, [len(known) for known in ids], self.rejection)
             for number, (s, _) in enumerate(wanted):
                 s.spec.drafts.append(tokens[number])
                 if q_NV is not None:

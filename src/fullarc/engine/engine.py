@@ -9,16 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
 from fullarc.engine import determinism
 from fullarc.engine.backend import Weights, forward_pass, kernels_of, prepare, resolve
+from fullarc.engine.cache import Latents
 from fullarc.engine.draft import Drafter
+from fullarc.engine.lora import Adapter, merge, read_adapter
+from fullarc.engine.prefix import BLOCK, PrefixCache, block_bytes
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
+from fullarc.engine.spill import MIB, SpillFile
 from fullarc.model import GlmMoeDsa, load_model
+from fullarc.model.checkpoint import is_quantized, state_to_disk
+
+LARGEST_MB = 1e9
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ def load_weights(
     return prepare(model, version, dtype, kernels)
 
 
+def stored_tensors(folder: str | Path, to_change: bool = True) -> dict[str, Tensor]:
+    """On-disk names and tensors of a checkpoint. Raises FullarcError for a quantised one, if they are `to_change`."""
+    if to_change and is_quantized(Path(folder)):
+        raise FullarcError(
+            f"{folder} is quantised, so its matrices cannot be changed one by one.",
+            "Start from the checkpoint that it was made of, or update from a folder.",
+        )
+    return {name: value.detach() for name, value in state_to_disk(load_model(folder)).items()}
+
+
 def check_finite(model: GlmMoeDsa, source: str) -> None:
     """Raise FullarcError naming the first tensor from `source` with a value that is not finite."""
     for name, parameter in model.named_parameters():
@@ -72,6 +90,25 @@ def same_shape(new: Weights, old: Weights) -> None:
             )
 
 
+def _prefixes(
+    cache: Latents, tokens: int, mb: float | None, spill: str | Path | None, spill_mb: float
+) -> PrefixCache:
+    """A prefix cache of `mb` MB (None: of `tokens`) and of `spill_mb` more in a folder. Raises FullarcError."""
+    for size, name in ((mb or 0.0, "prefix-mb"), (spill_mb, "prefix-spill-mb")):
+        if not 0 <= size < LARGEST_MB:
+            raise FullarcError(f"--{name} {size:g} is no size.", f"Give a number from 0 to {LARGEST_MB:g}.")
+    block = block_bytes(cache)
+    blocks = tokens // BLOCK if mb is None else int(mb * MIB) // block
+    file = SpillFile(Path(spill), int(spill_mb * MIB), block) if spill else None
+    try:
+        return PrefixCache(cache, blocks, file)
+    except RuntimeError:
+        size = blocks * block / MIB
+        raise FullarcError(
+            f"There is no memory for {size:.0f} MB of prefixes.", "Give --prefix-mb less."
+        ) from None
+
+
 class Engine:
     """A model loaded for generation.
 
@@ -80,7 +117,9 @@ class Engine:
         max_batch: sequences that decode together.
         max_len: tokens of the longest sequence, prompt included; at most the model's positions.
         threads: that compute a step.
-        prefix_tokens: size of the prefix cache.
+        prefix_tokens: size of the prefix cache; prefix_mb: the same in MB of memory, if given.
+        prefix_spill: folder for a nameless file of up to `prefix_spill_mb` MB, which takes what the prefix cache has no
+            memory for; None = none.
         chunk_tokens: prompt tokens computed per step.
         dtype: "fp32", "bf16" (half the memory) or "fp8" (emulated); a quantised checkpoint's integers stay integers.
         draft_steps: tokens that the MTP layer drafts ahead, at most; 0 = none. The output is the same.
@@ -88,8 +127,11 @@ class Engine:
         rejection: accept drafts by rejection sampling: more of them at temperatures above 0, and other tokens (of the
             same distribution) than without drafts.
         deterministic: show at the start that prefill, decoding, any batch and scoring are equal to the bit here.
+        overlap: do what a step leaves (stop strings, prefixes, callbacks) in a second thread behind the next one's
+            forward pass. The output is the same.
 
-    Raises FullarcError if the folder is not a valid checkpoint, has no MTP layer to draft with, or is not computed so.
+    Raises FullarcError if the folder is not a valid checkpoint, has no MTP layer to draft with, is not computed so, or
+    if prefixes cannot be spilled as wanted.
     """
 
     def __init__(
@@ -106,7 +148,12 @@ class Engine:
         rejection: bool = False,
         kernels: str = "auto",
         deterministic: bool = False,
+        prefix_mb: float | None = None,
+        prefix_spill: str | Path | None = None,
+        prefix_spill_mb: float = 1024.0,
+        overlap: bool = False,
     ) -> None:
+        self.folder = folder
         weights = load_weights(folder, weight_version, dtype, kernels)
         longest = min(max_len, weights.config.max_position_embeddings)
         drafts = draft_steps > 0 and weights.has_mtp
@@ -115,9 +162,8 @@ class Engine:
         if deterministic:
             determinism.check(core)
         drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
-        self.scheduler = Scheduler(
-            core, max_queue=10**9, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens, drafter=drafter
-        )
+        prefixes = _prefixes(core.cache, prefix_tokens, prefix_mb, prefix_spill, prefix_spill_mb)
+        self.scheduler = Scheduler(core, prefixes, 10**9, chunk_tokens, drafter, overlap)
         self._numbers = itertools.count()
 
     def generate(
@@ -133,17 +179,20 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         forbidden_ids: Sequence[int] = (),
         top_logprobs: int = 0,
+        adapter: str = "",
     ) -> list[Output]:
         """Complete every prompt; the i-th output belongs to the i-th prompt.
 
         `seeds` gives each prompt its own random stream; otherwise prompt i uses derive(seed, "sample", i).
         `stop_ids` None means the model's own (`eos_token_id`); () means none. `forbidden_ids` are never sampled.
+        `adapter`: name of a loaded LoRA adapter to compute with.
 
-        Raises RequestError for an empty or too long prompt, ids out of range or impossible sampling values.
+        Raises RequestError for an empty or too long prompt, ids out of range, impossible sampling values or an unknown
+        adapter.
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(seeds)} seeds.")
-        stops = frozenset(self.scheduler.core.weights.config.eos_token_id if stop_ids is None else stop_ids)
+        stops = frozenset(self.scheduler.weights.config.eos_token_id if stop_ids is None else stop_ids)
         requests = []
         for number, prompt in enumerate(prompts):
             own = seeds[number] if seeds is not None else derive(seed, "sample", number)
@@ -154,7 +203,7 @@ class Engine:
                 )  # fmt: skip
             except ValueError as error:
                 raise RequestError(f"{error}.") from None
-            requests.append(self._request(prompt, params))
+            requests.append(self._request(prompt, params, adapter=adapter))
         self._run(requests)
         return [
             Output(
@@ -173,13 +222,34 @@ class Engine:
 
     def update_weights(self, folder: str | Path, weight_version: str) -> None:
         """Replace the weights by those of `folder`; the engine is unchanged if that fails."""
-        old = self.scheduler.core.weights
+        old = self.scheduler.weights
         weights = load_weights(folder, weight_version, old.dtype, kernels_of(old))
         same_shape(weights, old)
-        self.scheduler.set_weights(weights)
+        adapters = self.scheduler.adapters_in_use
+        tensors = stored_tensors(folder) if adapters else {}
+        merged = {a: merge(weights, tensors, a.deltas, a.folder) for a in adapters}
+        self.scheduler.set_weights(weights, merged)
+        self.folder = folder
 
-    def _request(self, ids: Sequence[int], params: SamplingParams, score_from: int = -1) -> Request:
-        request = Request(str(next(self._numbers)), list(ids), params, score_from)
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Make the LoRA adapter of a PEFT folder known as `name`, in the place of an earlier one of that name.
+
+        Raises FullarcError naming what is wrong with it; then nothing has changed.
+        """
+        weights = self.scheduler.weights
+        deltas = read_adapter(folder, weights.config)
+        merged = merge(weights, stored_tensors(self.folder), deltas, str(folder))
+        self.scheduler.adapters[name] = Adapter(name, str(folder), deltas, merged)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises RequestError if there is none of that name."""
+        if self.scheduler.adapters.pop(name, None) is None:
+            raise RequestError(f"No adapter {name[:200]!r} is loaded.")
+
+    def _request(
+        self, ids: Sequence[int], params: SamplingParams, score_from: int = -1, adapter: str = ""
+    ) -> Request:
+        request = Request(str(next(self._numbers)), list(ids), params, score_from, adapter=adapter)
         self.scheduler.check(request)
         return request
 

@@ -84,7 +84,7 @@ def _by_engine(
     longest = min(max(map(len, prompts)) + max_new_tokens, net.config.max_position_embeddings)
     core = forward_pass(prepare(net), min(BATCH, len(prompts)), longest, mtp=net.mtp_layer is not None)
     drafter = Drafter(core, draft_steps, adaptive=False)
-    scheduler = Scheduler(core, max_queue=len(prompts), prefix_tokens=0, drafter=drafter)
+    scheduler = Scheduler(core, max_queue=len(prompts), drafter=drafter)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
     requests = [Request(str(number), list(prompt), params) for number, prompt in enumerate(prompts)]
     for request in requests:

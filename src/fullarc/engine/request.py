@@ -1,11 +1,15 @@
 """One sequence from arrival to end, how a request can be refused, and what is counted over all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fullarc.config.errors import FullarcError
+from fullarc.config.model import ModelConfig
 from fullarc.engine.draft import Speculation
+from fullarc.engine.fairness import Claim
 from fullarc.engine.guide import Guide
+from fullarc.engine.lora import Adapter
+from fullarc.engine.prefix import Block
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.stops import StopWatch
 from fullarc.engine.trace import Choices
@@ -32,6 +36,10 @@ class Request:
         guide: decides what may be sampled next, where the output must follow a form.
         choices: collects the experts and keys that were chosen, where they are asked for.
         wants_hidden: whether the last hidden state of the prompt is kept, as `hidden` [hidden_size].
+        priority: lower ones first.
+        session: whose it is; sessions share slots and prompt tokens fairly.
+        salt: prefixes are shared between requests of the same salt only.
+        adapter: name of the LoRA adapter to compute with; "" = none.
         versions: [version, start, end] spans over the output tokens.
         spec: drafts, and how many were accepted.
         finish: "" while it runs; then "stop" | "length" | "abort".
@@ -47,6 +55,10 @@ class Request:
     guide: Guide | None = None
     choices: Choices | None = None
     wants_hidden: bool = False
+    priority: int = 0
+    session: str = ""
+    salt: str = ""
+    adapter: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
@@ -70,7 +82,9 @@ class Request:
     # the scheduler's own
     slot: int = -1
     computed: int = 0
-    cache_version: str = ""
+    lora: Adapter | None = None
+    space: tuple[int, int, str] | None = None
+    held: Sequence[Block] = ()
     chain: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,9 +93,54 @@ class Request:
             self.params = replace(self.params, guided=True)
 
     @property
+    def claim(self) -> Claim:
+        """What it is next by."""
+        return self.priority, self.session
+
+    @property
+    def unscored(self) -> bool:
+        """Whether prompt tokens lack the log-probs that were asked for."""
+        return self.score_from >= 0 and len(self.input_logprobs) < len(self.prompt) - max(self.score_from, 1)
+
+    @property
     def output(self) -> list[int]:
         """The completion so far."""
         return self.ids[len(self.prompt) :]
+
+
+def check(request: Request, config: ModelConfig, bound: int) -> None:
+    """Raise RequestError if a model of this shape can never serve it in sequences of up to `bound` tokens."""
+    prompt, vocab, choices = request.prompt, config.vocab_size, request.choices
+    if not prompt:
+        raise RequestError("input_ids is empty.", "Send at least one token.")
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        raise RequestError(
+            f"input_ids contain a token outside 0..{vocab - 1}.", "Is it the model's tokenizer?"
+        )
+    if len(prompt) + min(request.params.max_new_tokens, 1) > bound:
+        raise RequestError(
+            f"The prompt has {len(prompt)} tokens; the engine serves sequences of up to {bound}.",
+            "Shorten it, or start the engine with a larger --max-len.",
+        )
+    named = (
+        *request.params.forbidden,
+        *request.params.logprob_ids,
+        *(t for t, _ in request.params.logit_bias),
+    )
+    if any(not 0 <= token < vocab for token in named):
+        raise RequestError(
+            f"A token named in logit_bias or token_ids_logprob lies outside 0..{vocab - 1}.",
+            "Is it the model's tokenizer?",
+        )
+    if len(request.params.forbidden) >= vocab:
+        raise RequestError("All tokens are forbidden.", "Leave at least one.")
+    start = choices.experts_from if choices else None
+    if start is not None and not 0 <= start <= len(prompt):
+        raise RequestError(f"routed_experts_start_len {start} lies outside the prompt.")
+    if choices and choices.keys and config.dense_attention:
+        raise RequestError("This model attends to all keys: it has no indexer whose choice could be told.")
+    if not -1 <= request.score_from <= len(prompt):
+        raise RequestError(f"logprob_start_len {request.score_from} lies outside the prompt.")
 
 
 @dataclass
@@ -96,4 +155,5 @@ class Counters:
     steps: int = 0
     weight_updates: int = 0
     retracted: int = 0
+    preempted: int = 0
     spec: Speculation = field(default_factory=Speculation)

@@ -21,9 +21,9 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import MANIFEST
 from fullarc.engine.backend import Weights, kernels_of, prepare
-from fullarc.engine.engine import check_finite, load_weights
+from fullarc.engine.engine import check_finite, load_weights, stored_tensors
 from fullarc.model import GlmMoeDsa, load_config
-from fullarc.model.checkpoint import fill_state, is_quantized, load_model, state_to_disk
+from fullarc.model.checkpoint import fill_state
 
 SHARED_MEMORY = Path("/dev/shm")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
@@ -62,12 +62,7 @@ class Staging:
 
         Raises FullarcError for a name that the model has not, another shape, or values that are not finite.
         """
-        if is_quantized(Path(self.folder)):
-            raise FullarcError(
-                "The engine runs a quantised checkpoint, whose tensors cannot be replaced one by one.",
-                "Update it from a folder.",
-            )
-        tensors = dict(self._tensors or self._copy())
+        tensors = dict(self.tensors())
         for name, value in parts.items():
             old = tensors.get(name)
             if old is None:
@@ -89,25 +84,30 @@ class Staging:
 
     def zeroed(self, skipped: Sequence[str], version: str) -> Weights:
         """The present weights with zeros in the place of every tensor whose name has no part of `skipped`."""
-        tensors = self._tensors or self._copy()
+        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
         named = {n: t for n, t in tensors.items() if not any(part in n for part in skipped)}
         return self.from_tensors({n: torch.zeros_like(t) for n, t in named.items()}, version)
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the bytes of every tensor of the present weights, by its on-disk name."""
-        tensors = self._tensors or self._copy()
+        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
         flat = ((name, tensor.contiguous().view(-1).view(torch.uint8)) for name, tensor in tensors.items())
         return {name: hashlib.sha256(data.numpy().tobytes()).hexdigest() for name, data in flat}
 
     def values(self, name: str, count: int) -> list[float]:
         """The first numbers of a tensor of the present weights, by its on-disk name. Raises FullarcError."""
-        tensors = self._tensors or self._copy()
+        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
         if name not in tensors:
             raise FullarcError(f"The model has no tensor {name[:200]}.", "Use on-disk names of this model.")
         return tensors[name].flatten()[:count].float().tolist()
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in state_to_disk(load_model(self.folder)).items()}
+    def tensors(self, coming: bool = False) -> dict[str, Tensor]:
+        """On-disk names and tensors of the present weights, or of those put together last.
+
+        Raises FullarcError if they are quantised.
+        """
+        folder, tensors = self._next if coming else (self.folder, self._tensors)
+        return tensors or stored_tensors(folder)
 
 
 def _check_manifest(manifest: Path, sha256: str) -> None:

@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Runs `scheduler` in a daemon thread until `stop`; `after` is called behind every step and every call."""
+    """Runs `scheduler` in a daemon thread until `stop`; `after` is called behind every step and every call.
+
+    What a step leaves to be done later is done before a call, so a function finds all as that step has left it.
+    """
 
     def __init__(self, scheduler: Scheduler, after: Callable[[], None] = lambda: None) -> None:
         self.scheduler, self.after = scheduler, after
@@ -62,13 +65,19 @@ class Worker:
                 call = self._calls.get()
                 if call is None:
                     return
+                self._step(self.scheduler.settle)
                 call()
                 self.after()
             begin = time.monotonic()
-            try:
-                self.scheduler.step()
-            except Exception as error:  # noqa: BLE001  (reported by /health; every request still gets its end)
-                self.error = error
-                self.scheduler.abort(None)
+            self._step(self.scheduler.step)
             self.busy_s += time.monotonic() - begin
-            self.after()
+            self.scheduler.behind.later(self.after)
+            if self.scheduler.idle:
+                self._step(self.scheduler.settle)
+
+    def _step(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  (reported by /health; every request still gets its end)
+            self.error = error
+            self.scheduler.abort(None)

@@ -133,9 +133,9 @@ class Control:
             "weight_version": s.version,
             "is_generation": True,
             "model_type": "glm_moe_dsa",
-            "vocab_size": s.core.weights.config.vocab_size,
+            "vocab_size": s.weights.config.vocab_size,
             "max_model_len": s.max_len,
-            "eos_token_id": list(s.core.weights.config.eos_token_id),
+            "eos_token_id": list(s.weights.config.eos_token_id),
         })  # fmt: skip
 
     async def server_info(self, _http: HttpRequest) -> Response:
@@ -145,7 +145,7 @@ class Control:
             "model_path": service.model_path,
             "served_model_name": service.name,
             "weight_version": s.version,
-            "dtype": s.core.weights.dtype,
+            "dtype": s.weights.dtype,
             "tp_size": 1,
             "dp_size": 1,
             "pp_size": 1,
@@ -157,7 +157,7 @@ class Control:
             "context_length": s.max_len,
             "chunked_prefill_size": s.chunk_tokens,
             "enable_deterministic_inference": service.deterministic,
-            "model_config": s.core.weights.config.to_hf(),
+            "model_config": s.weights.config.to_hf(),
             "uptime_s": time.time() - service.started,
         })  # fmt: skip
 

@@ -166,7 +166,7 @@ def build(
     """
     scheduler, stops, strings = service.scheduler, set(wire.stop_token_ids or ()), None
     if not wire.ignore_eos:
-        stops |= set(scheduler.core.weights.config.eos_token_id)
+        stops |= set(scheduler.weights.config.eos_token_id)
     room = wire.max_new_tokens
     if room is None:
         room = max(scheduler.max_len - len(prompt), 1)

@@ -273,7 +273,7 @@ class Transfer:
     @property
     def _limit(self) -> int:
         """Bytes that weights of this model can have at most."""
-        return 8 * self.service.scheduler.core.weights.config.parameter_count(with_mtp=True) + 2**20
+        return 8 * self.service.scheduler.weights.config.parameter_count(with_mtp=True) + 2**20
 
     def _specs(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[Spec]:
         return specs(names, dtypes, shapes, self._limit)

@@ -11,7 +11,6 @@ Invariants: an update that fails leaves the old weights in place; every token re
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
@@ -24,6 +23,7 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service, in_thread
 from fullarc.engine.backend import Weights
 from fullarc.engine.engine import same_shape
+from fullarc.engine.lora import Adapter, merge
 from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.staging import Staging, decode_tensors, read_shared_memory
 
@@ -118,9 +118,9 @@ class Updates:
     def __init__(self, service: Service) -> None:
         self.service, self.staging = (
             service,
-            Staging(service.model_path, service.scheduler.core.weights),
+            Staging(service.model_path, service.scheduler.weights),
         )
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._open: _Session | None = None
 
     def endpoints(self) -> list[Endpoint]:
@@ -142,13 +142,15 @@ class Updates:
     ) -> dict[str, Any]:
         """Run `load(version)` in a thread and swap its result in. Raises FullarcError; then nothing has changed."""
         begin = time.monotonic()
-        async with self._lock:
-            old = self.service.scheduler.core.weights
+        async with self.lock:
+            old = self.service.scheduler.weights
             if version is None:
                 version = str(int(old.version) + 1) if old.version.isdecimal() else "1"
             name = version
             weights = await in_thread(lambda: load(name))
             same_shape(weights, old)
+            adapters = await self.service.on_engine(lambda s: s.adapters_in_use)
+            merged = await asyncio.to_thread(self._adapted, weights, adapters)
 
             def swap(scheduler: Scheduler) -> int:
                 if policy == "drop":
@@ -156,7 +158,7 @@ class Updates:
                 elif policy == "recompute":
                     scheduler.retract()
                 running = len(scheduler.running)
-                scheduler.set_weights(weights)
+                scheduler.set_weights(weights, merged)
                 return running
 
             running = await self.service.on_engine(swap)
@@ -168,6 +170,10 @@ class Updates:
             "weight_version": version,
             "num_paused_requests": running,
         }
+
+    def _adapted(self, weights: Weights, adapters: set[Adapter]) -> dict[Adapter, Weights]:
+        tensors = self.staging.tensors(coming=True) if adapters else {}
+        return {adapter: merge(weights, tensors, adapter.deltas, adapter.folder) for adapter in adapters}
 
     async def load_folder(
         self, folder: str, version: str | None, policy: KvPolicy, sha256: str | None = None
@@ -206,7 +212,7 @@ class Updates:
             return await self.install(
                 lambda version: self.staging.from_tensors(read(), version), body.weight_version, body.policy
             )
-        async with self._lock:
+        async with self.lock:
             try:
                 session.add(await in_thread(read))
             except FullarcError as error:
@@ -266,8 +272,4 @@ def _rename(scheduler: Scheduler, version: str, abort: bool) -> None:
     """The same weights under another version; what is cached stays valid."""
     if abort:
         scheduler.abort(None)
-    old = scheduler.version
-    scheduler.core.weights = replace(scheduler.core.weights, version=version)
-    for request in scheduler.running.values():
-        if request.cache_version == old:
-            request.cache_version = version
+    scheduler.rename(version)
