@@ -102,9 +102,9 @@ def test_every_route_with_a_body_is_fuzzed(fuzzed):
 def test_good_bodies_are_good_and_leave_nothing_behind(fuzzed):
     with httpx.Client(base_url=fuzzed.url, timeout=60, trust_env=False) as http:
         for path, body in ALL:
-            expected = 400 if (path, body) in REFUSED else 200
+            expected = (400, 404) if (path, body) in REFUSED else (200,)
             answer = http.post(path, json=body)
-            assert answer.status_code == expected, (path, answer.text)
+            assert answer.status_code in expected, (path, answer.text)
             wake(fuzzed)
     idle(fuzzed)
 

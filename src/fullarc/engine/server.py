@@ -33,6 +33,7 @@ from fullarc.engine.api.choices import Form
 from fullarc.engine.api.completions import Completions
 from fullarc.engine.api.control import Control
 from fullarc.engine.api.guard import Endpoint, KeyCheck, answer, http_error, openapi
+from fullarc.engine.api.lora import Loras
 from fullarc.engine.api.openai import Models
 from fullarc.engine.api.page import Page
 from fullarc.engine.api.parse import Parse
@@ -67,8 +68,8 @@ class Server:
         updates = Updates(self.service)
         plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Parse, Page)
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
-        upkeep, vllm = Upkeep(self.service, updates), Vllm(self.service, updates)
-        dialects = [updates, self.transfer, upkeep, vllm, *(kind(self.service) for kind in plain)]
+        beside = (kind(self.service, updates) for kind in (Upkeep, Loras, Vllm))
+        dialects = [updates, self.transfer, *beside, *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(
@@ -148,6 +149,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=("npy", "compact"),
         help="tell routed experts on vLLM's routes by default, as .npy or (prime-rl) compact",
     )
+    parser.add_argument("--prefix-mb", type=float, default=None, help="memory for cached prefixes, in MB")
+    parser.add_argument(
+        "--prefix-spill",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="prefixes that memory has no room for go here",
+    )
+    parser.add_argument(
+        "--prefix-spill-mb", type=float, default=1024.0, help="size of the file that is reserved there, in MB"
+    )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="do what a step leaves in a second thread behind the next forward pass",
+    )
     parser.add_argument("--detach", action="store_true", help="go on when the parent process has died")
     return parser
 
@@ -172,6 +189,10 @@ def main(argv: list[str] | None = None) -> int:
             rejection=args.speculative_use_rejection_sampling,
             kernels=args.kernels,
             deterministic=args.deterministic,
+            prefix_mb=args.prefix_mb,
+            prefix_spill=args.prefix_spill,
+            prefix_spill_mb=args.prefix_spill_mb,
+            overlap=args.overlap,
         )
         engine.scheduler.max_queue = args.max_queue
         try:

@@ -45,6 +45,10 @@ ENGINE_OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--weight-version", "NAME", "what the weights are called"),
     ("--speculative-num-steps", "N", "tokens that the MTP layer drafts ahead, at most 4"),
     ("--speculative-use-rejection-sampling", "", "accept more drafts when sampling"),
+    ("--prefix-mb", "N", "memory for cached prefixes"),
+    ("--prefix-spill", "FOLDER", "prefixes that memory has no room for go here"),
+    ("--prefix-spill-mb", "N", "what is reserved there; default 1024"),
+    ("--overlap", "", "do what a step leaves behind the next one"),
     ("--enable-return-routed-experts", "npy|compact", "tell routed experts on vLLM's routes by default"),
 )
 

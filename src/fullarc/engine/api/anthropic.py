@@ -17,6 +17,7 @@ from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import EventStream, Service, Watch, event
+from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import Request
 
 
@@ -91,6 +92,7 @@ class Anthropic:
             forced=use.forced,
             several=use.several,
         )
+        assign(self.service, http, WhoseBody(model=body.model), conversation.requests)
         if body.stream:
             watch = await self.service.submit(conversation.requests, each_token=True)
             return EventStream(watch, self._events(conversation, watch))

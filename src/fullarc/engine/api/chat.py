@@ -29,6 +29,7 @@ from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
+from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import QueueFullError, Request
 from fullarc.engine.trace import Choices
 
@@ -40,10 +41,9 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class ChatBody(OpenAISampling, ExpertsBody):
+class ChatBody(OpenAISampling, ExpertsBody, WhoseBody):
     """POST /v1/chat/completions, with SGLang's and vLLM's extensions."""
 
-    model: str | None = None
     messages: list[Any] | None = None
     input_ids: Ids | None = Field(None, description="the prompt as ids, instead of rendering the messages")
     tools: list[Any] | None = None
@@ -66,7 +66,6 @@ class ChatBody(OpenAISampling, ExpertsBody):
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     continue_final_message: Literal[False, None] = None
-    lora_path: None = None
     audio: None = None
 
 
@@ -191,6 +190,7 @@ class Chat:
             collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None),
             forced, several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, dict),
         )  # fmt: skip
+        assign(self.service, http, body, conversation.requests)
         if body.stream:
             watch = await self.service.submit(conversation.requests, each_token=True)
             return EventStream(watch, self._events(body, conversation, watch))

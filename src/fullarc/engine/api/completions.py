@@ -18,14 +18,14 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
+from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import QueueFullError, Request, RequestError
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 
 
-class CompletionBody(OpenAISampling, ExpertsBody):
+class CompletionBody(OpenAISampling, ExpertsBody, WhoseBody):
     """POST /v1/completions."""
 
-    model: str | None = None
     prompt: str | list[str] | Ids | list[Ids]
     max_tokens: int | None = Field(16, strict=True, ge=0)
     echo: bool | None = None
@@ -37,7 +37,6 @@ class CompletionBody(OpenAISampling, ExpertsBody):
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: int | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    lora_path: None = None
 
 
 class Completions:
@@ -70,6 +69,7 @@ class Completions:
                 top=body.logprobs or 0, score_from=score_from, choices=collect,
             )
         ]  # fmt: skip
+        assign(self.service, http, body, requests)
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)
             return EventStream(watch, self._events(body, wire, name, requests, watch, len(prompts)))

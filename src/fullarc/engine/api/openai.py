@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from fullarc.engine.api.guard import Endpoint, answer, error_answer
 from fullarc.engine.api.service import Service
+from fullarc.engine.lora import Adapter
 from fullarc.engine.request import Request
 
 
@@ -73,15 +74,22 @@ class Models:
         ]
 
     async def models(self, _http: HttpRequest) -> Response:
-        """The one model that is served."""
-        return answer({"object": "list", "data": [self._card()]})
+        """The model that is served, and its adapters."""
+        adapters = self.service.scheduler.adapters.values()
+        cards = [self._card(), *(self._adapter(adapter) for adapter in list(adapters))]
+        return answer({"object": "list", "data": cards})
 
     async def model(self, http: HttpRequest) -> Response:
         """One model by its name."""
         name = http.path_params["name"]
+        if adapter := self.service.scheduler.adapters.get(name):
+            return answer(self._adapter(adapter))
         if name != self.service.name:
             return error_answer(http.url.path, 404, f"There is no model {name[:200]!r} here.", "model")
         return answer(self._card())
+
+    def _adapter(self, adapter: Adapter) -> dict[str, Any]:
+        return self._card() | {"id": adapter.name, "root": adapter.folder, "parent": self.service.name}
 
     def _card(self) -> dict[str, Any]:
         s = self.service

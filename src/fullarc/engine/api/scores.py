@@ -15,6 +15,7 @@ from starlette.responses import Response
 from fullarc.engine.api.fields import AskedIds, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
+from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import QueueFullError, Request, RequestError
 
 
@@ -80,6 +81,7 @@ class Scores:
             build(self.service, prompt, wire, [f"{name}-{n}"], logprob_ids=body.label_token_ids)[0]
             for n, prompt in enumerate(prompts)
         ]
+        assign(self.service, http, WhoseBody(model=body.model), requests)
         if requests:
             await self.service.answer(http, requests)
         if any(request.finish == "abort" for request in requests):
@@ -97,7 +99,7 @@ class Scores:
     async def embeddings(self, http: HttpRequest) -> Response:
         """Embed one or many texts or token lists."""
         body = await read_body(http, EmbeddingsBody)
-        requests = await self._embed(http, self._prompts(body.input))
+        requests = await self._embed(http, self._prompts(body.input), body.model)
         data = []
         for index, request in enumerate(requests):
             vector: Any = request.hidden
@@ -134,7 +136,9 @@ class Scores:
         several = isinstance(given, list) and isinstance(given[0], (list, str))
         return [self._encode(one) for one in (given if several else [given])]
 
-    async def _embed(self, http: HttpRequest, prompts: list[list[int]]) -> list[Request]:
+    async def _embed(
+        self, http: HttpRequest, prompts: list[list[int]], model: str | None = None
+    ) -> list[Request]:
         if len(prompts) > self.service.scheduler.max_queue:
             raise QueueFullError(f"{len(prompts)} inputs do not fit the queue.")
         wire, name = SamplingBody(max_new_tokens=0), self.service.next_id("embd")
@@ -142,6 +146,7 @@ class Scores:
             build(self.service, prompt, wire, [f"{name}-{n}"], wants_hidden=True)[0]
             for n, prompt in enumerate(prompts)
         ]
+        assign(self.service, http, WhoseBody(model=model), requests)
         await self.service.answer(http, requests)
         if any(request.hidden is None for request in requests):
             raise RequestError("The embedding was aborted.", "Send it again.")

@@ -53,6 +53,7 @@ class Service:
         name: the model's name for clients.
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
+        strict: whether other names are refused (see `whose`).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Service:
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
+        self.strict = False
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )

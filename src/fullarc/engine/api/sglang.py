@@ -17,7 +17,10 @@ from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import GrowingText
+from fullarc.engine.api.whose import session_of
 from fullarc.engine.request import QueueFullError, Request, RequestError
+
+Name = Annotated[str, Field(max_length=1000)] | None
 
 
 class GenerateBody(BaseModel):
@@ -40,12 +43,16 @@ class GenerateBody(BaseModel):
     return_sampling_mask: bool | list[bool] | None = None
     sampling_logprobs_mode: MaskMode | None = None
     stream: bool = False
+    priority: int | None = Field(None, strict=True, description="higher ones first")
+    routing_key: str | None = Field(None, max_length=1000)
+    extra_key: Name | list[Name] = None
+    cache_salt: Name | list[Name] = None
+    lora_path: Name | list[Name] = Field(None, description="names of loaded adapters")
     # not implemented: only their neutral values are accepted
     input_embeds: None = None
     image_data: Annotated[list[Any], Field(max_length=0)] | None = None
     audio_data: None = None
     video_data: None = None
-    lora_path: None = None
     session_params: None = None
     return_hidden_states: Literal[False, None] = None
     max_thinking_tokens: None = None
@@ -77,6 +84,9 @@ class Plan:
         mode = body.sampling_logprobs_mode or "selected"
         masks = _spread(body.return_sampling_mask, count, "return_sampling_mask")
         rids = _spread(body.rid, count, "rid")
+        salts = _spread(body.cache_salt, count, "cache_salt")
+        keys = _spread(body.extra_key, count, "extra_key")
+        adapters = _spread(body.lora_path, count, "lora_path")
         prefix = service.next_id("fullarc")
         choices = collector(
             body.routed_experts_start_len, bool(body.return_routed_experts), bool(body.return_indexer_topk)
@@ -100,6 +110,10 @@ class Plan:
                 top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
                 support=bool(mask or wire.top_p_ids),
             )  # fmt: skip
+            for request in new:
+                request.priority = -(body.priority or 0)
+                request.salt = (salts[number] or "") + (keys[number] or "")
+                request.adapter = adapters[number] or ""
             self.requests += new
             self.tellers += [
                 Teller(service, request, wire, told, body.return_text_in_logprobs, mask) for request in new
@@ -237,6 +251,8 @@ class Sglang:
         """Sample from one or many prompts, or score them."""
         body = await read_body(http, GenerateBody)
         plan = Plan(self.service, body)
+        for request in plan.requests:
+            request.session = session_of(http, body.routing_key)
         if body.stream:
             watch = await self.service.submit(plan.requests, each_token=True)
             return EventStream(watch, _events(plan, watch))

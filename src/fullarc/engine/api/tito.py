@@ -13,6 +13,7 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.openai import ended, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
+from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import Request
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 
@@ -25,7 +26,7 @@ class TitoSampling(OpenAISampling):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TitoBody(ExpertsBody):
+class TitoBody(ExpertsBody, WhoseBody):
     """POST /inference/v1/generate."""
 
     model_config = ConfigDict(extra="ignore")
@@ -33,7 +34,6 @@ class TitoBody(ExpertsBody):
     request_id: str | None = Field(None, max_length=1000)
     token_ids: Ids
     sampling_params: TitoSampling = Field(default_factory=TitoSampling)
-    model: str | None = None
     stream: bool | None = False
     output_mode: Literal["tokens", "text"] | None = None
     return_sampling_mask: bool | None = None
@@ -73,6 +73,7 @@ class Tito:
             choices=choices,
             support=bool(body.return_sampling_mask),
         )
+        assign(self.service, http, body, requests)
         tellers = [_Teller(self.service, body, request) for request in requests]
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)
@@ -133,7 +134,7 @@ class _Teller:
 
     def _stop_reason(self) -> int | str | None:
         """The string or id that the client named; None for the model's own end."""
-        own = self.service.scheduler.core.weights.config.eos_token_id
+        own = self.service.scheduler.weights.config.eos_token_id
         return None if self.request.matched in own else self.request.matched
 
 

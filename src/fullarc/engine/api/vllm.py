@@ -1,8 +1,8 @@
 """vLLM's names where RL frameworks call them: pause and resume, weights, prefix cache, tokenizer (`tito`: generation).
 
 prime-rl: POST /pause?mode=keep&clear_cache=false, /update_weights {weight_dir}, /resume. AReaL: /areal_* and
-/v1/completions with token prompts. Every update makes cached prefixes of other weights unreachable, so `cache_salt` is
-accepted and needed by nobody.
+/v1/completions with token prompts. Every update makes cached prefixes of other weights unreachable, so nobody needs a
+`cache_salt` for each version; it keeps prefixes apart all the same.
 """
 
 import asyncio

@@ -1,0 +1,111 @@
+"""Adapters come and go while the engine runs: SGLang's and prime-rl's /load_lora_adapter, vLLM's /v1/load_lora_adapter.
+
+An adapter is read and merged beside the running engine, and known between two steps. A name that is loaded again gets
+the new weights for new requests, and those in flight end with what they began with; vLLM's route does so only with
+`load_inplace`, as vLLM's does. An unloaded name is unknown at once.
+"""
+
+import asyncio
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from fullarc.config.errors import FullarcError
+from fullarc.engine.api.guard import Endpoint, answer, error_answer, read_body
+from fullarc.engine.api.service import Service
+from fullarc.engine.api.updates import Updates
+from fullarc.engine.lora import Adapter, merge, read_adapter
+
+_NAME = re.compile(r"[^\s:]{1,200}")
+
+
+class LoadBody(BaseModel):
+    """POST /load_lora_adapter."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str = Field(max_length=200)
+    lora_path: str = Field(max_length=4096)
+    load_inplace: bool = False
+    added_tokens_config: None = None
+
+
+class UnloadBody(BaseModel):
+    """POST /unload_lora_adapter."""
+
+    model_config = ConfigDict(extra="ignore")
+    lora_name: str = Field(max_length=200)
+
+
+class Loras:
+    """The handlers."""
+
+    def __init__(self, service: Service, updates: Updates) -> None:
+        self.service, self.updates = service, updates
+
+    def endpoints(self) -> list[Endpoint]:
+        """The routes."""
+        return [
+            Endpoint("/load_lora_adapter", self.load, body=LoadBody),
+            Endpoint("/unload_lora_adapter", self.unload, body=UnloadBody),
+            Endpoint("/v1/load_lora_adapter", self.load_v1, body=LoadBody),
+            Endpoint("/v1/unload_lora_adapter", self.unload_v1, body=UnloadBody),
+        ]
+
+    async def load(self, http: HttpRequest) -> Response:
+        """Load an adapter's folder, in the place of an earlier one of the same name."""
+        body = await read_body(http, LoadBody)
+        try:
+            await self._load(body)
+        except FullarcError as error:
+            return answer(self._told(str(error)), 400)
+        return answer(self._told())
+
+    async def unload(self, http: HttpRequest) -> Response:
+        """Forget an adapter."""
+        body = await read_body(http, UnloadBody)
+        if await self._unload(body.lora_name):
+            return answer(self._told())
+        return answer(self._told(f"No adapter {body.lora_name!r} is loaded."), 400)
+
+    async def load_v1(self, http: HttpRequest) -> Response:
+        """Load an adapter's folder under a new name."""
+        body = await read_body(http, LoadBody)
+        if body.lora_name in self.service.scheduler.adapters and not body.load_inplace:
+            message = f"The adapter {body.lora_name!r} is loaded already. Set load_inplace to replace it."
+            return error_answer(http.url.path, 400, message, "lora_name")
+        await self._load(body)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_v1(self, http: HttpRequest) -> Response:
+        """Forget an adapter."""
+        body = await read_body(http, UnloadBody)
+        if await self._unload(body.lora_name):
+            return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+        return error_answer(http.url.path, 404, f"No adapter {body.lora_name!r} is loaded.", "lora_name")
+
+    async def _load(self, body: LoadBody) -> None:
+        name, folder = body.lora_name, body.lora_path
+        if not _NAME.fullmatch(name) or name == self.service.name:
+            raise FullarcError(f"{name!r} cannot be an adapter's name.", "Use one without spaces and colons.")
+        async with self.updates.lock:
+            adapter = await asyncio.to_thread(self._made, name, folder)
+            self.service.strict = True
+            await self.service.on_engine(lambda s: s.adapters.update({name: adapter}))
+
+    def _made(self, name: str, folder: str) -> Adapter:
+        weights = self.service.scheduler.weights
+        deltas = read_adapter(folder, weights.config)
+        merged = merge(weights, self.updates.staging.tensors(), deltas, folder)
+        return Adapter(name, folder, deltas, merged)
+
+    async def _unload(self, name: str) -> bool:
+        async with self.updates.lock:
+            return await self.service.on_engine(lambda s: s.adapters.pop(name, None)) is not None
+
+    def _told(self, error: str | None = None) -> dict[str, Any]:
+        loaded = {name: adapter.folder for name, adapter in self.service.scheduler.adapters.items()}
+        return {"success": error is None, "error_message": error, "loaded_adapters": loaded}
