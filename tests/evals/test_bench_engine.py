@@ -109,6 +109,6 @@ def test_vllm_runs_a_model_of_the_size_and_is_asked_for_by_name():
         + 3 * d * shape["intermediate_size"]
     )
     assert theirs / 1e6 == pytest.approx(ours, rel=0.03)
-    assert bench_engine.ASKED == ("vllm",) and "vllm" not in bench_engine.PARTS
+    assert bench_engine.ASKED == ("vllm", "overlap") and "vllm" not in bench_engine.PARTS
     [told] = bench_engine_vllm.claims(None, None)
     assert told["ok"] is None and told["detail"] == ["needs --peers"]

@@ -35,7 +35,7 @@ from fullarc.model import load_model
 from fullarc.train.parallel import Ranks, launch
 
 PARTS = ("peers", "long", "drafts", "turns", "processes", "http", "update")
-ASKED = ("vllm",)
+ASKED = ("vllm", "overlap")
 """Parts that are measured only when they are named."""
 LONG, LONGER, DENSE_AT = 4096, 65_536, 32_768
 DRAFTS = 4
@@ -82,6 +82,8 @@ def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield from bench_engine_http.claims(trained)
             elif part == "update":
                 yield from update(trained)
+            elif part == "overlap":
+                yield from bench_engine_http.overlap(trained)
             else:
                 yield from bench_engine_vllm.claims(chosen.peers, Path(root))
 

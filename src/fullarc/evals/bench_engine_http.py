@@ -3,6 +3,7 @@
     throughput     tokens/s of `streams` concurrent streams over HTTP / of `Engine.generate` on the same prompts
     smoothness     99th percentile / median of the times between two events of a stream, as the client sees them
     queue          how many of `queued` requests sent at once are answered
+    overlap        tokens/s with `overlap` / without, in process and over HTTP (a part of its own)
 
 The server is a process of its own, the client another (this one); median of `repeats` runs, in turns.
 """
@@ -14,11 +15,14 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from fullarc.evals.bench import claim
+
+if TYPE_CHECKING:
+    from fullarc.engine import Engine
 
 SLOTS, PROMPT, NEW = 64, 32, 128
 
@@ -43,23 +47,14 @@ def measure(folder: Path, streams: int = SLOTS, queued: int = 1000, repeats: int
     from fullarc.rollout.serve import EngineProcess
 
     engine = Engine(folder, max_batch=streams, max_len=2 * (PROMPT + NEW))
-    vocab = engine.scheduler.core.weights.config.vocab_size
-    prompts = [[(17 * n + 31 * at) % (vocab - 64) for at in range(PROMPT)] for n in range(streams)]
-    bodies = [
-        {"prompt": prompt, "max_tokens": NEW, "ignore_eos": True, "seed": n, "stream": True}
-        for n, prompt in enumerate(prompts)
-    ]
+    prompts, bodies = _work(engine.scheduler.weights.config.vocab_size, streams)
     inside, outside, ratios, gaps = list[float](), list[float](), list[float](), list[float]()
     with EngineProcess(folder, 2 * (PROMPT + NEW), max_batch=streams) as url:
         asyncio.run(_streams(url, bodies[:2]))
         engine.generate(prompts[:2], NEW, stop_ids=())
         for _ in range(repeats):
-            engine.scheduler.prefix.clear()
-            begin = time.perf_counter()
-            engine.generate(prompts, NEW, seeds=range(streams), stop_ids=())
-            inside.append(streams * NEW / (time.perf_counter() - begin))
-            httpx.post(f"{url}/flush_cache", trust_env=False)
-            rate, between = asyncio.run(_streams(url, bodies))
+            inside.append(_inside(engine, prompts))
+            rate, between = _outside(url, bodies)
             outside.append(rate)
             gaps += between
             ratios.append(outside[-1] / inside[-1])
@@ -70,6 +65,61 @@ def measure(folder: Path, streams: int = SLOTS, queued: int = 1000, repeats: int
         statistics.median(inside), statistics.median(outside), statistics.median(ratios), middle, last, last / middle,
         answered, queued,
     )  # fmt: skip
+
+
+def overlap(folder: Path, streams: int = SLOTS, repeats: int = 5) -> list[dict[str, Any]]:
+    """Does it pay to do what a step leaves behind the next forward pass? Medians of runs in turn."""
+    from fullarc.engine import Engine
+    from fullarc.rollout.serve import EngineProcess
+
+    engines = [Engine(folder, streams, 2 * (PROMPT + NEW), overlap=way) for way in (False, True)]
+    prompts, bodies = _work(engines[0].scheduler.weights.config.vocab_size, streams)
+    rates: dict[str, list[tuple[float, float]]] = {"in process": [], "over HTTP": []}
+    with (
+        EngineProcess(folder, 2 * (PROMPT + NEW), streams) as plain,
+        EngineProcess(folder, 2 * (PROMPT + NEW), streams, options=("--overlap",)) as other,
+    ):
+        for number in range(repeats + 1):
+            inside = _inside(engines[0], prompts), _inside(engines[1], prompts)
+            outside = _outside(plain, bodies)[0], _outside(other, bodies)[0]
+            if number:  # the first one warms up
+                rates["in process"].append(inside)
+                rates["over HTTP"].append(outside)
+    out = []
+    for name, pairs in rates.items():
+        ratio = statistics.median(b / a for a, b in pairs)
+        before, after = (statistics.median(side) for side in zip(*pairs, strict=True))
+        told = f"{after:,.0f} and {before:,.0f} tokens/s"
+        out.append(
+            claim(
+                f"{streams} streams {name}: with overlap against without", ratio, "x", "> 1", ratio > 1, told
+            )
+        )
+    return out
+
+
+def _work(vocab: int, streams: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Prompts, and the bodies that stream them."""
+    prompts = [[(17 * n + 31 * at) % (vocab - 64) for at in range(PROMPT)] for n in range(streams)]
+    bodies = [
+        {"prompt": prompt, "max_tokens": NEW, "ignore_eos": True, "seed": n, "stream": True}
+        for n, prompt in enumerate(prompts)
+    ]
+    return prompts, bodies
+
+
+def _inside(engine: "Engine", prompts: list[list[int]]) -> float:
+    """Tokens/s in this process."""
+    engine.scheduler.prefix.clear()
+    begin = time.perf_counter()
+    engine.generate(prompts, NEW, seeds=range(len(prompts)), stop_ids=())
+    return len(prompts) * NEW / (time.perf_counter() - begin)
+
+
+def _outside(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[float]]:
+    """Tokens/s of a server, and the times between events."""
+    httpx.post(f"{url}/flush_cache", trust_env=False)
+    return asyncio.run(_streams(url, bodies))
 
 
 async def _streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[float]]:
