@@ -81,7 +81,7 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
         ),
         (
             ["stages.sft.parallel=pp", "stages.sft.processes=7"],
-            ["stages.sft.processes = 7 (command line)", "model.num_hidden_layers = 4", "at most 5 stages"],
+            ["stages.sft.processes = 7 (command line)", "model.num_hidden_layers = 4", "at most 6 stages"],
         ),
         (["stages.sft.parallel=cp", "stages.sft.processes=3"], ["seq_len 1024", "each of 3 processes"]),
         (

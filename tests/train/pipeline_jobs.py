@@ -18,6 +18,7 @@ from fullarc.train.parallel.pipeline import PipelineTrainer
 
 LOSSES = {
     "dense": (LmLoss(mtp_steps=2, mtp_rows=0.5, aux_weight=0.1), 2),
+    "detached": (LmLoss(mtp_steps=2, aux_weight=0.1, mtp_detached=True), 2),
     "plain": (LmLoss(aux_weight=0.1), 0),
     "sparse": (LmLoss(mtp_steps=2, aux_weight=0.1, index_weight=1.0), 2),
     "warmup": (partial(indexer_warmup_loss, mtp_steps=2), 2),

@@ -105,6 +105,27 @@ def test_lm_and_mtp_terms_equal_the_loop(model, make_rows):
     assert loss.router_load_LE.shape[0] == 2  # one MoE layer in the trunk, and the MTP layer
 
 
+def test_a_detached_mtp_term_trains_the_mtp_layer_alone(model, make_rows):
+    batch = Rows(make_rows(), 4, 0).next()
+
+    def grads(**settings):
+        model.zero_grad()
+        loss = LmLoss(mtp_steps=3, aux_weight=0.01, **settings)(model, batch)
+        loss.total.backward()
+        return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    whole, joint = grads()
+    apart, detached = grads(mtp_detached=True)
+    _, plain = grads(mtp_weight=0.0, mtp_detached=True)
+    assert torch.equal(whole.total, apart.total) and whole.metrics == apart.metrics
+    mtp = {name for name in detached if name.startswith("mtp_layer.")}
+    assert mtp and detached.keys() == joint.keys() == plain.keys()
+    for name in mtp:
+        assert torch.equal(detached[name], joint[name]), name
+    for name in detached.keys() - mtp:
+        assert torch.equal(detached[name], plain[name]) and not torch.equal(joint[name], plain[name]), name
+
+
 def test_evaluate_is_the_mean_over_all_targets(model, make_rows):
     batch = Rows(make_rows(), 4, 0).next()
     (lm, count), _ = by_hand(model, batch, 1, 1)

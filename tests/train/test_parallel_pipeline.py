@@ -30,6 +30,7 @@ SLOW = pytest.mark.slow
         pytest.param(2, "warmup", {"index_topk": 6}, marks=SLOW),
         pytest.param(4, "dense", {}, marks=SLOW),
         pytest.param(4, "plain", {"num_hidden_layers": 4}, marks=SLOW),
+        pytest.param(4, "detached", {}, marks=SLOW),
         pytest.param(
             3, "sparse", {"index_topk": 6, "num_hidden_layers": 4, "index_topk_freq": 2}, marks=SLOW
         ),

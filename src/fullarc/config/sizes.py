@@ -133,7 +133,9 @@ SIZES: dict[str, Layer] = {
                 1.5e-2,
                 5e-4,
                 adamw_scale=3,
-                mtp_steps=0,
+                # the layer follows the trunk, which does not change for it: docs/log.md
+                mtp_rows=0.25,
+                mtp_detached=True,
                 replay=0.15,
                 demos=10_800,
                 mix={"reasoning": 0.76, "terminal": 0.14, "general": 0.1},

@@ -72,6 +72,9 @@ class LMStage(Compute):
     mtp_rows: float = Field(
         1.0, gt=0, le=1, description="Share of each batch's rows the MTP loss is taken on."
     )
+    mtp_detached: bool = Field(
+        False, description="The MTP loss trains the MTP layer only; the rest learns as without it."
+    )
     aux_loss: float = Field(1e-4, ge=0, description="Weight of the sequence-level router balance loss.")
     router_bias_rate: float = Field(1e-3, ge=0, description="Loss-free balancing: bias change per step.")
     indexer_weight: float = Field(

@@ -228,12 +228,14 @@ class GlmMoeDsa(nn.Module):
         steps: int = 3,
         indexer_loss: str = "off",
         first: int = 0,
+        detached: bool = False,
     ) -> MTPOutput:
         """Apply the shared MTP layer, or the steps' own layers in turn, `steps` times to the trunk's post-norm states.
 
         Step d reads the embedding of token t + 1 + d; the state carried to the next step is the post-norm one.
         Embeddings beyond the end of a document are zero. See `shift_targets` for the targets. `first` is the number
-        of the step that the first one counts as where steps have layers of their own.
+        of the step that the first one counts as where steps have layers of their own. If `detached`, gradients end
+        in the MTP layers' own parameters: not in the embedding, and not in the trunk.
         """
         layers = self.mtp_layers
         if not layers:
@@ -245,6 +247,8 @@ class GlmMoeDsa(nn.Module):
             )
         seen = self._look(input_ids, doc_ids, parent_ids, indexer_loss)
         embedded = self._embed(input_ids)
+        if detached:
+            embedded, hidden_BTD = embedded.detach(), hidden_BTD.detach()
         h, outputs, kls, stats = hidden_BTD, [], [], []
         turns = [min(first + step, len(layers) - 1) for step in range(steps)]
         for step, turn in enumerate(turns):

@@ -145,6 +145,7 @@ class LmLoss:
         + aux_weight * aux + index_weight * KL
 
     Attributes:
+        mtp_detached: the MTP term trains the MTP layer only; embedding, trunk and output layer learn as without it.
         aux_weight: weight of the sequence balance loss.
         index_weight: weight of the KL on the selected set (inputs are detached in the model); 0 = not
             computed.
@@ -153,6 +154,7 @@ class LmLoss:
     mtp_steps: int = 0
     mtp_weight: float = 0.3
     mtp_rows: float = 1.0
+    mtp_detached: bool = False
     aux_weight: float = 0.0
     index_weight: float = 0.0
     chunk: int = CHUNK
@@ -165,7 +167,8 @@ class LmLoss:
     def __call__(self, model: Any, batch: Batch) -> LossSum:
         out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss=self.indexer)
         targets = batch.targets(1)
-        total, count = _ce(model, out.hidden_BTD, targets, self.chunk)
+        head_VD = model.lm_head.weight
+        total, count = _ce(model, out.hidden_BTD, head_VD, targets, self.chunk)
         weight = int(targets[1].sum())  # of the rows, of which another process may have a part
         metrics: dict[str, tuple[float, float]] = {"loss": (float(total.detach()), count)}
         parts, load_LE = [out], out.router_load_LE
@@ -178,10 +181,13 @@ class LmLoss:
                 **part.structure,
                 steps=self.mtp_steps,
                 indexer_loss=self.indexer,
+                detached=self.mtp_detached,
             )
+            if self.mtp_detached:
+                head_VD = head_VD.detach()
             scale = self.mtp_weight / self.mtp_steps * len(batch.ids_BT) / n_rows
             for depth, state_BTD in enumerate(extra.hidden):
-                loss, predicted = _ce(model, state_BTD, part.targets(2 + depth), self.chunk)
+                loss, predicted = _ce(model, state_BTD, head_VD, part.targets(2 + depth), self.chunk)
                 total = total + scale * loss
                 metrics[f"mtp_loss_{depth + 1}"] = (float(loss.detach()), predicted)
             parts.append(extra)
@@ -195,10 +201,12 @@ class LmLoss:
         return LossSum(total, count, metrics, load_LE)
 
 
-def _ce(model: Any, hidden_BTD: Tensor, targets: tuple[Tensor, Tensor], chunk: int) -> tuple[Tensor, int]:
+def _ce(
+    model: Any, hidden_BTD: Tensor, head_VD: Tensor, targets: tuple[Tensor, Tensor], chunk: int
+) -> tuple[Tensor, int]:
     """Summed cross-entropy at the trained positions here only, and their number."""
     targets_BT, mask_BT = map(model.context.targets, targets)
-    total = cross_entropy_sum(hidden_BTD[mask_BT], model.lm_head.weight, targets_BT[mask_BT], chunk)
+    total = cross_entropy_sum(hidden_BTD[mask_BT], head_VD, targets_BT[mask_BT], chunk)
     return total, int(mask_BT.sum())
 
 
@@ -229,7 +237,7 @@ def evaluate(model: Any, batches: Sequence[Batch], indexer_loss: str = "off") ->
     loss, kl, count = 0.0, 0.0, 0
     for batch in batches:
         out = model.trunk(batch.ids_BT, **batch.structure, indexer_loss=indexer_loss)
-        nll, targets = _ce(model, out.hidden_BTD, batch.targets(1), CHUNK)
+        nll, targets = _ce(model, out.hidden_BTD, model.lm_head.weight, batch.targets(1), CHUNK)
         loss, count = loss + float(nll), count + targets
         kl += float(out.index_kl) * targets if out.index_kl is not None else 0.0
     means = {"loss": loss / max(count, 1)}

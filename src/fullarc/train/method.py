@@ -54,6 +54,7 @@ def method_of(stage: LMStage) -> Method:
             mtp_steps=stage.mtp_steps,
             mtp_weight=stage.mtp_weight,
             mtp_rows=stage.mtp_rows,
+            mtp_detached=stage.mtp_detached,
             aux_weight=stage.aux_loss,
             index_weight=stage.indexer_weight,
         ),

@@ -124,10 +124,13 @@ class StageModel(GlmMoeDsa):
         steps: int = 3,
         indexer_loss: str = "off",
         first: int = 0,
+        detached: bool = False,
     ) -> MTPOutput:
         """Every step's states: computed on the rank of the finish, received after it, and anything before it."""
         if self.stage.finish:
-            out = super().mtp(hidden_BTD, input_ids, doc_ids, parent_ids, steps, indexer_loss, first)
+            out = super().mtp(
+                hidden_BTD, input_ids, doc_ids, parent_ids, steps, indexer_loss, first, detached
+            )
             if not self.stage.output:
                 self.sent += out.hidden
             return out
