@@ -131,6 +131,7 @@ def test_runs_that_are_computed_together_keep_their_bits(shaped, kernels):
 def test_determinism_is_shown_where_it_is_insisted_on(shaped, kernels, dtype):
     engine = Engine(shaped[1], max_batch=4, max_len=256, kernels=kernels, dtype=dtype, deterministic=True)
     fresh = Engine(shaped[1], max_batch=4, max_len=256, kernels=kernels, dtype=dtype)
+    assert engine.deterministic > 0 and fresh.deterministic is None
     assert same(engine.generate([LONG], 5, stop_ids=())[0], fresh.generate([LONG], 5, stop_ids=())[0])
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -288,7 +289,8 @@ async def test_the_rollout_client_understands_it(server, checkpoints):
 
 PARENT = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-m", "fullarc.engine.server", "--model", sys.argv[1], "--port", "0"],
+child = subprocess.Popen([sys.executable, "-m", "fullarc.engine.server", "--model", sys.argv[1], "--port", "0",
+                          "--deterministic"],
                          stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline().strip(), flush=True)
 """
@@ -307,6 +309,7 @@ def test_the_process_announces_itself_and_dies_with_its_parent(checkpoints):
     )
     told = json.loads(parent.stdout)
     assert told["url"] == f"http://127.0.0.1:{told['port']}"
+    assert re.search(r"checked in \d+\.\d\d s\. It costs nothing else", told["deterministic"])
 
     def gone():
         try:

@@ -158,9 +158,7 @@ class Engine:
         longest = min(max_len, weights.config.max_position_embeddings)
         drafts = draft_steps > 0 and weights.has_mtp
         core = forward_pass(weights, max_batch, longest, drafts, threads)
-        self.deterministic = deterministic
-        if deterministic:
-            determinism.check(core)
+        self.deterministic = determinism.check(core) if deterministic else None
         drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
         prefixes = _prefixes(core.cache, prefix_tokens, prefix_mb, prefix_spill, prefix_spill_mb)
         self.scheduler = Scheduler(core, prefixes, 10**9, chunk_tokens, drafter, overlap)

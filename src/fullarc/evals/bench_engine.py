@@ -1,16 +1,15 @@
 """`fullarc bench engine`: is the engine the one to choose for this model on a CPU?
 
 Against others: `bench_engine_peers` (transformers, llama.cpp) and, where it is asked for, `bench_engine_vllm`. Against
-itself: what a long context, drafts, a conversation, a second process, HTTP (`bench_engine_http`) and new weights cost.
+itself: what a long context, drafts (`bench_engine_drafts`), a conversation, a second process, HTTP
+(`bench_engine_http`) and new weights cost.
 One thread, sides in turn, medians of REPEATS; the claims are ratios, because seconds drift. Sizes: the small GLM-5 that
 all peers have been measured with (`TINY`) and the laptop's.
 
-What needs a model that has learnt something (drafts) takes `--checkpoint`; its prompts are the held-out texts of the
-run that the checkpoint belongs to.
+What needs a model that has learnt something (drafts) takes `--checkpoint`, of a run.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,12 +21,11 @@ from typing import Any
 
 import torch
 
-from fullarc.chat import Tokenizer
-from fullarc.engine import Engine, mtp_accept_length
+from fullarc.engine import Engine
 from fullarc.engine.backend import ForwardPass, forward_pass, prepare
 from fullarc.engine.core import Chunk
 from fullarc.engine.engine import load_weights
-from fullarc.evals import bench_engine_http, bench_engine_vllm
+from fullarc.evals import bench_engine_drafts, bench_engine_http, bench_engine_vllm
 from fullarc.evals.bench import claim
 from fullarc.evals.bench_engine_peers import REPEATS, SIZES, STEPS, Ours, against, prompts, saved
 from fullarc.evals.bench_train import in_turn
@@ -38,8 +36,6 @@ PARTS = ("peers", "long", "drafts", "turns", "processes", "http", "update")
 ASKED = ("vllm", "overlap")
 """Parts that are measured only when they are named."""
 LONG, LONGER, DENSE_AT = 4096, 65_536, 32_768
-DRAFTS = 4
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 64, 64
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 8, 64, 32
 
 
@@ -73,7 +69,7 @@ def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             elif part == "long":
                 yield from long_contexts(folders["tiny"])
             elif part == "drafts":
-                yield from drafts(chosen.checkpoint)
+                yield from bench_engine_drafts.claims(chosen.checkpoint)
             elif part == "turns":
                 yield from turns(folders["tiny"])
             elif part == "processes":
@@ -133,44 +129,6 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
               f"and {short_scan * unit:.2f} ms", better="lower"),
         claim(f"decode at {DENSE_AT:,}: sparse against dense absorbed attention", saved, "x", ">= 3", saved >= 3,
               f"{sparse * unit:.2f} against {whole * unit:.2f} ms"),
-    ]  # fmt: skip
-
-
-# --- drafts -----------------------------------------------------------------------------------------------------
-
-
-def drafts(checkpoint: Path | None) -> list[dict[str, Any]]:
-    """What the MTP layer of a trained model brings on texts that it was not trained on, one sequence at a time."""
-    length, speed = f"accept length at {DRAFTS} drafts", "drafts against none, batch 1"
-    if checkpoint is None:
-        why = "needs --checkpoint"
-        return [
-            claim(length, None, "tokens", ">= 2.76", None, why),
-            claim(speed, None, "x", "> 1", None, why),
-        ]
-    texts = checkpoint.resolve().parents[2] / "data" / "heldout" / "heldout.jsonl"
-    tok = Tokenizer.load(checkpoint)
-    ids = [tok.encode(json.loads(line)["text"])[:PROMPT_TOKENS] for line in texts.read_text().splitlines()]
-    chosen = [prompt for prompt in ids if len(prompt) == PROMPT_TOKENS][:PROMPTS]
-    accepted = mtp_accept_length(checkpoint, chosen, DRAFTS, NEW_TOKENS)
-    engines = [
-        Engine(checkpoint, 1, PROMPT_TOKENS + NEW_TOKENS, prefix_tokens=0, draft_steps=n) for n in (0, DRAFTS)
-    ]
-
-    def side(engine: Engine) -> Callable[[], None]:
-        def decode() -> None:
-            engine.generate(chosen, NEW_TOKENS, temperature=0.0, stop_ids=())
-
-        return decode
-
-    plain, mine = in_turn([side(engine) for engine in engines], REPEATS)
-    counted = engines[1].scheduler.counters.spec
-    told = ", ".join(f"{100 * share:.0f} %" for share in accepted.per_position)
-    return [
-        claim(length, accepted.mean, "tokens", ">= 2.76", accepted.mean >= 2.76, f"{len(chosen)} prompts; {told}"),
-        claim(speed, plain / mine, "x", "> 1", plain / mine > 1,
-              f"{PROMPTS * NEW_TOKENS / mine:,.0f} against {PROMPTS * NEW_TOKENS / plain:,.0f} tokens/s; "
-              f"{counted.proposed / max(counted.verified, 1):.1f} drafts a step chosen"),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -92,7 +92,8 @@ def context_length(model: Path) -> int:
 class EngineProcess:
     """The engine server of a checkpoint as a child process; a context manager that gives its URL.
 
-    Raises FullarcError with the engine's own words if it does not come up within `START_S` seconds.
+    `told`: what it announced. Raises FullarcError with the engine's own words if it does not come up within `START_S`
+    seconds.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class EngineProcess:
         ]  # fmt: skip
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self._process: subprocess.Popen[bytes] | None = None
+        self.told: dict[str, Any] = {}
 
     def __enter__(self) -> str:
         env = {name: value for name, value in os.environ.items() if name != "FULLARC_API_KEY"}
@@ -112,26 +114,25 @@ class EngineProcess:
             self.command, stdout=subprocess.PIPE, stderr=self._stderr, stdin=subprocess.DEVNULL, env=env,
             start_new_session=True,
         )  # fmt: skip
-        ports: queue.Queue[int | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(self._process.stdout, ports), daemon=True).start()
-        try:
-            port = ports.get(timeout=START_S)
-        except queue.Empty:
-            port = None
-        if port is None:
+        told: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._read, args=(self._process.stdout, told), daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            self.told = told.get(timeout=START_S)
+        if not self.told:
             self.stop()
             raise FullarcError(f"The engine did not start: {self.words() or 'it said nothing'}")
-        return f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{self.told['port']}"
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     @staticmethod
-    def _read(stdout: IO[bytes], ports: "queue.Queue[int | None]") -> None:
+    def _read(stdout: IO[bytes], told: "queue.Queue[dict[str, Any]]") -> None:
         for line in stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                ports.put(int(json.loads(line)["port"]))
-        ports.put(None)
+                announced = json.loads(line)
+                told.put(announced | {"port": int(announced["port"])})
+        told.put({})
 
     def words(self) -> str:
         """The last line the engine wrote to stderr."""
@@ -245,6 +246,8 @@ def main(argv: Sequence[str]) -> int:
             f"at {at}, and you at {at}/ in a browser. Stop it with Ctrl-C.",
             flush=True,
         )
+        if engine and (deterministic := engine.told.get("deterministic")):
+            print(deterministic, flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down cleanly and passes the signal on
             server.run(sockets=[listener])

@@ -73,7 +73,7 @@ class Service:
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )
-        self.deterministic = engine.deterministic
+        self.deterministic = engine.deterministic is not None
         self.latencies, self.seeds, self.experts = Latencies(), SeedSource(seed), experts
         self._numbers = itertools.count(1)
         self._noted: list[Watch] = []
