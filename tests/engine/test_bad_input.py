@@ -229,7 +229,7 @@ def test_a_request_can_end_at_every_phase(talking, phase, how):
     s.chunk_tokens = 1  # a prompt takes as many steps as it has tokens
     running.slow_down()
     if phase == "drafting":
-        s.drafter.pace = None  # drafts whether they pay or not
+        s.drafter.always()  # drafts whether they pay or not
     try:
         with (
             httpx.Client(base_url=running.url, timeout=60, trust_env=False) as http,

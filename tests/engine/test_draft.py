@@ -10,7 +10,7 @@ from fullarc.engine import Engine, SamplingParams
 from fullarc.engine.draft import KEPT_STATES, Pace
 from fullarc.engine.request import Request
 from fullarc.engine.sampling import draft, sample
-from fullarc.model import save_model
+from fullarc.model import load_model, save_model
 
 PROMPTS = [[5, 9, 13, 2] * 20, list(range(1, 60)), [7], [3 + (i * i) % 80 for i in range(150)]]
 
@@ -32,6 +32,7 @@ class Steady:
 def engine(folder, steps=0, pace=None, **kwargs):
     made = Engine(folder, **(dict(max_batch=4, max_len=256, chunk_tokens=48) | kwargs), draft_steps=steps)
     if steps:
+        made.scheduler.drafter.always()
         made.scheduler.drafter.pace = pace
     return made
 
@@ -272,6 +273,39 @@ def test_the_pace_is_told_of_decoding_steps_alone(likely):
             expected.append((4, drafts, brought, True))
     notes = [note for note in made.scheduler.drafter.pace.notes if note[0] == 4]
     assert notes == expected and {drafts for _, drafts, _, _ in notes} == {0, 2, 4}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_end_where_the_mtp_layer_is_not_sure(likely, kernels, temperature):
+    """They begin as without a limit, the first is there if the trainer's MTP layer is sure, and tokens are the same."""
+    model, wanted = load_model(likely), dict(max_new_tokens=30, temperature=temperature, stop_ids=(), seed=3)
+    made, seen = engine(likely, 4, kernels=kernels), dict[float, dict[tuple[int, ...], list[int]]]()
+    drafter, outputs = made.scheduler.drafter, []
+    draft_all = drafter._draft
+    for least in (0.0, 0.0005, 0.03):
+        seen[least] = {}
+
+        def noting(wanted, hidden, steps, now=seen[least]):
+            draft_all(wanted, hidden, steps)
+            now |= {tuple(s.ids): list(s.spec.drafts) for s, _ in wanted if s.room >= 4}
+
+        drafter._draft, drafter.least = noting, least
+        outputs.append(made.generate(PROMPTS[:2], **wanted))
+    assert same(outputs[0], outputs[1]) and same(outputs[0], outputs[2])
+    assert {len(drafts) for drafts in seen[0.0].values()} == {4}
+    for least in (0.0005, 0.03):
+        both = seen[0.0].keys() & seen[least].keys()
+        assert len(both) > 3 and all(
+            seen[least][ids] == seen[0.0][ids][: len(seen[least][ids])] for ids in both
+        )
+        for ids, drafts in list(seen[least].items())[::3]:
+            with torch.no_grad():
+                full = torch.tensor([ids])
+                state = model.mtp(model.trunk(full).hidden_BTD, full, steps=1).hidden[0][0, -2]
+                sure = float((model.lm_head(state) / (temperature or 1.0)).softmax(-1).max())
+            assert abs(sure - least) < 1e-4 or bool(drafts) == (sure >= least)
+    lengths = {len(drafts) for least in (0.0005, 0.03) for drafts in seen[least].values()}
+    assert {0, 1} < lengths
 
 
 # --- rejection sampling ---------------------------------------------------------------------------------------------

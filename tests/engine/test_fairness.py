@@ -135,6 +135,42 @@ def test_the_queue_is_first_come_first_served_within_a_session():
     assert not queue and len(queue.shares) == 0
 
 
+def test_what_was_charged_before_a_session_had_been_away_is_forgotten():
+    """Else what its old request did not need would let 30 of its new ones in before anybody else."""
+    queue = Waiting(2000)
+    queue.add(old := request("old", "a", new=1900))
+    queue.charge(queue.take())
+    queue.tidy()
+    for number in range(30):
+        queue.add(request(f"a{number}", "a", new=50))
+    queue.add(request("b0", "b", new=50))
+    queue.refund(old, again=False)
+    assert taken(queue).index("b0") <= 1
+
+
+def test_what_is_not_needed_is_had_again_by_those_who_have_waited_on():
+    queue = Waiting(2000)
+    for rid, session in (("a0", "a"), ("b0", "b"), ("a1", "a"), ("b1", "b"), ("a2", "a")):
+        queue.add(request(rid, session, new=60 if rid in ("a1", "a2") else 100))
+    queue.charge(first := queue.take())
+    queue.charge(queue.take())
+    queue.refund(first, again=False)  # a has 3, b 103: 66, 129, 206; else 166, 206, 229
+    assert taken(queue) == ["a1", "a2", "b1"]
+
+
+def test_others_may_look_at_the_queue_while_it_changes():
+    queue = Waiting(100)
+    for number in range(4):
+        queue.add(request(f"a{number}", "a"))
+    seen = []
+    for one in queue:
+        seen.append(one.rid)
+        queue.add(request(f"b{len(seen)}", f"b{len(seen)}"))
+        if one.rid == "a0":
+            queue.remove(one)
+    assert seen == ["a0", "a1", "a2", "a3"]
+
+
 def test_a_request_that_must_wait_on_keeps_its_place():
     queue = Waiting(100)
     for rid in ("a0", "a1"):

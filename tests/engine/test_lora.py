@@ -113,7 +113,7 @@ def test_drafts_are_the_adapted_mtp_layers(shaped, tmp_path):
     made, whole = engine(folder, draft_steps=3), engine(merged, draft_steps=3)
     made.load_adapter("a", tmp_path / "a")
     for one in (made, whole):
-        one.scheduler.drafter.pace = None
+        one.scheduler.drafter.always()
     wanted = WANTED | dict(temperature=0.0)
     assert same(made.generate(PROMPTS, adapter="a", **wanted), whole.generate(PROMPTS, **wanted))
     assert made.scheduler.counters.spec == whole.scheduler.counters.spec
@@ -214,7 +214,10 @@ BAD = [
     (dict(config={"bias": "all"}), "bias = 'all'"),
     (dict(config={"peft_type": "IA3"}), "peft_type = 'IA3'"),
     (dict(config={"modules_to_save": ["lm_head"]}), "modules_to_save"),
+    (dict(config={"init_lora_weights": "pissa"}), "init_lora_weights = 'pissa'"),
+    (dict(config={"alora_invocation_tokens": [1]}), "alora_invocation_tokens"),
     (dict(config={"lora_alpha": "much"}), "cannot be read"),
+    (dict(config={"lora_alpha": float("nan")}), "contains NaN"),
     (dict(config={"alpha_pattern": {"(": 1.0}}), "cannot be read"),
     (dict(edit=without("lora_B")), "do not fit together"),
     (dict(edit=changed("lora_B", lambda b: b[:, :2])), "do not fit together"),

@@ -166,7 +166,7 @@ def test_a_budget_in_bytes(checkpoints):
         engine = Engine(checkpoints["v0"], max_batch=1, max_len=64, prefix_mb=(blocks + 0.5) * block / 2**20)
         engine.generate([list(range(1, 60))], 1)
         assert len(engine.scheduler.prefix) == blocks * BLOCK
-        assert engine.scheduler.prefix.enabled == (blocks > 0)
+        assert engine.scheduler.prefix.takes_more == (blocks > 0)
 
 
 # --- the spill file -------------------------------------------------------------------------------------------------

@@ -19,13 +19,45 @@ def request(rid, prompt=(4, 5, 6), priority=0, score_from=-1, new=8, **params):
 def engine(folder, slots=2, **kwargs):
     made = Engine(folder, **(dict(max_batch=slots, max_len=192, chunk_tokens=32, prefix_tokens=512) | kwargs))
     if made.scheduler.drafter:
-        made.scheduler.drafter.pace = None
+        made.scheduler.drafter.always()
     return made
 
 
 def drain(scheduler):
     while not scheduler.idle:
         scheduler.step()
+
+
+def test_samples_of_a_prompt_do_not_wait_for_prefixes_that_cannot_be_kept(checkpoints):
+    """Running requests hold the whole prefix cache."""
+    scheduler = engine(checkpoints["v0"], slots=4, prefix_tokens=16).scheduler
+    scheduler.submit(request("holder", LONG[:20], new=60))
+    for _ in range(3):
+        scheduler.step()
+    assert len(scheduler.prefix) == 16 and not scheduler.prefix.takes_more
+    samples = [request(f"sample{n}", LONG[30:80]) for n in range(3)]
+    for one in samples:
+        scheduler.submit(one)
+    scheduler.step()
+    assert all(one.slot >= 0 for one in samples)
+
+
+def test_what_is_computed_again_is_told_once(checkpoints):
+    scheduler = engine(checkpoints["v0"], slots=1).scheduler
+    low = request("low", LONG[:40], priority=1, new=30)
+    low.choices = Choices(0)
+    scheduler.submit(low)
+    for turn in range(3):
+        for _ in range(6):
+            scheduler.step()
+        scheduler.submit(request(f"high{turn}", new=2))
+        scheduler.step()
+        assert low.slot < 0 and not low.choices._parts
+        while low.slot < 0:
+            scheduler.step()
+    drain(scheduler)
+    told = sum(len(part.experts_NLK) for _, part in low.choices._parts)
+    assert scheduler.counters.preempted == 3 and told == len(low.ids) - 1
 
 
 def test_lower_values_first_and_equal_ones_in_order(checkpoints):

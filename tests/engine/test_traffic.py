@@ -66,7 +66,7 @@ def engine(folder, tmp_path, overlap=False, **kwargs):
         folder, **(dict(max_batch=3, max_len=160, chunk_tokens=32) | spill | kwargs), overlap=overlap
     )
     if made.scheduler.drafter:
-        made.scheduler.drafter.pace = None
+        made.scheduler.drafter.always()
     return made
 
 
@@ -246,20 +246,23 @@ def test_a_worker_tells_each_step_while_or_before_the_next_one_runs(checkpoints,
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_failing_step_ends_all_and_leaves_nobody_waiting(checkpoints, tmp_path, overlap):
+@pytest.mark.parametrize("fails", ["forward", "restore", "publish"])
+def test_a_failing_step_ends_all_and_leaves_nobody_waiting(checkpoints, tmp_path, overlap, fails):
+    """Whatever fails: a pass, or memory for what is copied from the prefix cache or to it, then for good."""
     made, ends = engine(checkpoints["v0"], tmp_path, overlap), []
     for number in range(5):
         one = request(str(number), wish(random.Random(number)) | dict(new=50, stop="", stop_ids=frozenset()))
         one.on_finish = lambda r: ends.append(r.rid)
         made.scheduler.submit(one)
-    forward, calls = made.scheduler.core.forward, iter(range(100))
+    owner = made.scheduler.core if fails == "forward" else made.scheduler.prefix
+    real, calls = getattr(owner, fails), iter(range(100))
 
-    def failing(chunks, *more):
-        if next(calls) == 6:
+    def failing(*arguments):
+        if next(calls) >= (6 if fails == "forward" else 1):
             raise RuntimeError("broken")
-        return forward(chunks, *more)
+        return real(*arguments)
 
-    made.scheduler.core.forward = failing
+    setattr(owner, fails, failing)
     worker = Worker(made.scheduler)
     worker.start()
     deadline = time.monotonic() + 10

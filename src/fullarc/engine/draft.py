@@ -9,7 +9,8 @@ many come at once. With `rejection` (more drafts are accepted at temperatures ab
 of the same distribution. The MTP layer's rows of committed tokens are computed from the trunk's states. Drafts are
 chosen as tokens are: by the request's own temperature, truncation and penalties.
 
-Drafts cost time: `Pace` measures what n drafts take and bring for batches of about the present size, and chooses n.
+Drafts cost time. `Pace` measures what up to n drafts take and bring for batches of about the present size, and chooses
+n; and a sequence's drafts end where the MTP layer itself holds it for too unlikely (below `LEAST`) that all are right.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
 KEPT_STATES = 64
+LEAST = 0.4
+"""A further draft is worth its time from about here on (docs/log.md)."""
 SMOOTHING, LOOK_SMOOTHING = 0.1, 0.5
 TRIALS = 3
 FIRST_LOOK, RAREST_LOOK = 32, 512
@@ -172,7 +175,7 @@ class Drafter:
         core: with a cache for the MTP layer.
         steps: drafts per verify step at most, 1 to MAX_DRAFTS.
         rejection: sample by rejection. Then `steps` drafts are always made, because their number decides tokens.
-        adaptive: choose the number of drafts by measured speed.
+        adaptive: choose the number of drafts by measured speed, and end them where they are unlikely.
 
     Raises FullarcError if the model has no MTP layer or `steps` is out of range.
     """
@@ -183,9 +186,14 @@ class Drafter:
         if not core.weights.has_mtp:
             raise FullarcError("This model has no MTP layer to draft with.", "Start without draft steps.")
         self.core, self.steps, self.rejection = core, steps, rejection
-        self.pace = Pace(steps) if adaptive and not rejection else None
+        self.pace, self.least = (Pace(steps), LEAST) if adaptive and not rejection else (None, 0.0)
+        self.before = 0
         width = core.weights.config.hidden_size
         self._states = torch.zeros(core.cache.slots, KEPT_STATES, width)
+
+    def always(self) -> None:
+        """From now on make as many drafts as may be."""
+        self.pace, self.least = None, 0.0
 
     def steps_for(self, batch: int, quiet: bool) -> int:
         """Drafts to make for a batch of `batch` decoding sequences; `quiet`: the next step has no prompts."""
@@ -233,8 +241,9 @@ class Drafter:
             plain = [(s, row) for s, row in wanted if s.params.plain]
             self._guess(self.core, plain, hidden_ND, steps)
             wanted = [(s, row) for s, row in wanted if not s.params.plain]
+        sure: dict[int, float] = dict.fromkeys((s.slot for s, _ in wanted), 1.0)
         for depth in range(steps):
-            wanted = [(s, row) for s, row in wanted if s.room > depth]
+            wanted = [(s, row) for s, row in wanted if s.room > depth and sure[s.slot] >= self.least]
             if not wanted:
                 return
             if depth:
@@ -250,6 +259,11 @@ class Drafter:
             steered = penalised(logits, params, [s.prompt for s, _ in wanted], ids)
             tokens, q_NV = draft(steered, params, [len(known) for known in ids], self.rejection)
             for number, (s, _) in enumerate(wanted):
+                if self.least:
+                    heat = s.params.temperature or 1.0
+                    sure[s.slot] *= float((steered[number].double() / heat).softmax(-1).amax())
+                    if sure[s.slot] < self.least:
+                        continue
                 s.spec.drafts.append(tokens[number])
                 if q_NV is not None:
                     s.spec.probabilities.append(q_NV[number])
@@ -264,7 +278,7 @@ class Drafter:
             hidden_ND.index_select(0, torch.tensor([row for _, row in wanted])), [s.slot for s, _ in wanted],
             [len(s.ids) for s, _ in wanted],
             [min(s.room, steps) for s, _ in wanted], [s.params.temperature for s, _ in wanted],
-            [s.params.seed for s, _ in wanted], steps,
+            [s.params.seed for s, _ in wanted], steps, self.least,
         )  # fmt: skip
         for (s, _), tokens in zip(wanted, drafts, strict=True):
             s.spec.drafts += tokens

@@ -37,6 +37,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "lora_bias": (False, None), "trainable_token_indices": (None,),
     "layer_replication": (None,), "use_qalora": (False, None), "use_bdlora": (False, None),
+    # the others leave a base of their own behind, which is not ours
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "velora_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,),
 }  # fmt: skip
 
 
@@ -113,9 +117,10 @@ def _pairs(folder: Path, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, 
         match = _PART.fullmatch(name)
         if match is None or value.ndim != 2:
             raise FullarcError(f"{folder}: {name[:200]} is not a matrix of a LoRA adapter.", "Merge it.")
+        value = value.float()
         if not torch.isfinite(value).all():
             raise FullarcError(f"{folder}: {name[:200]} contains NaN or infinity.", "Use an earlier one.")
-        found.setdefault(name[: match.start(3) - len(".lora_")], {})[match[3]] = value.float()
+        found.setdefault(name[: match.start(3) - len(".lora_")], {})[match[3]] = value
     pairs = []
     for path, parts in found.items():
         a, b = parts.get("A"), parts.get("B")
@@ -166,6 +171,10 @@ def merge(base: Weights, tensors: Mapping[str, Tensor], deltas: Deltas, source: 
                 f"{source}: the adapter of {name} is for {(len(delta.b), delta.a.shape[1])}, not {tuple(weight.shape)}."
             )
         merged[name] = delta.added_to(weight)
+        if not torch.isfinite(merged[name]).all():
+            raise FullarcError(
+                f"{source}: with the adapter {name} contains NaN or infinity.", "Use an earlier one."
+            )
         touched[target[2]].add(int(target[1]))
     with torch.device("meta"):
         model = GlmMoeDsa(base.config)

@@ -63,9 +63,9 @@ class PrefixCache:
         return len(self._asleep) * BLOCK
 
     @property
-    def enabled(self) -> bool:
-        """False when there is no room for one block."""
-        return len(self._kept) > 0
+    def takes_more(self) -> bool:
+        """Whether a block can be put in: False without room for one, and while running requests hold all."""
+        return bool(self._places or self._idle)
 
     def clear(self) -> None:
         """Forget everything (weights changed, or /flush_cache). Held blocks too: they are copies that nobody reads."""

@@ -25,7 +25,8 @@ class QueueFullError(FullarcError):
 
 @dataclass(eq=False)
 class Request:
-    """One sequence from arrival to end. `on_token` and `on_finish` are called by the thread that steps.
+    """One sequence from arrival to end. `on_token` and `on_finish` are called by the thread that steps, or, where work
+    of a step is done behind the next one, by that one's (see `behind`).
 
     Attributes:
         score_from: first prompt position whose token gets an input log-prob; -1 = none.
@@ -40,6 +41,7 @@ class Request:
         session: whose it is; sessions share slots and prompt tokens fairly.
         salt: prefixes are shared between requests of the same salt only.
         adapter: name of the LoRA adapter to compute with; "" = none.
+        charged: the line of its session that its slot was charged to (see `waiting`).
         versions: [version, start, end] spans over the output tokens.
         spec: drafts, and how many were accepted.
         finish: "" while it runs; then "stop" | "length" | "abort".
@@ -82,6 +84,7 @@ class Request:
     # the scheduler's own
     slot: int = -1
     computed: int = 0
+    charged: int = -1
     lora: Adapter | None = None
     space: tuple[int, int, str] | None = None
     held: Sequence[Block] = ()

@@ -118,7 +118,9 @@ class Sampler:
             hidden, steps,
         )  # fmt: skip
         used = max(len(part.chunk.ids) - part.known for part in parts)
-        if drafter.pace and used == steps and all(part.decodes for part in parts):
+        alike = drafter.before == steps if drafter.least else used == steps  # checked what is made now
+        drafter.before = steps
+        if drafter.pace and alike and all(part.decodes for part in parts):
             drafter.pace.record(len(parts), steps, sampled, perf_counter() - began)
 
     def _room(self, request: Request) -> int:

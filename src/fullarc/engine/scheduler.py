@@ -17,6 +17,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -120,6 +121,19 @@ class Scheduler:
         self.counters.aborted += 1
         self._end(request, "abort")
         self.settle()
+
+    def fail(self) -> None:
+        """A step has failed, so the next thing may fail too: end all requests, and leave nothing to others."""
+        with suppress(Exception):
+            self.behind.settle()
+        self.sampler.stopped.clear()
+        for request in (*self.running.values(), *self.waiting):
+            with suppress(Exception):
+                if request.slot < 0:
+                    self.waiting.remove(request)
+                self.counters.aborted += 1
+                self._end(request, "abort", publish=False)
+                self.behind.settle()
 
     def retract(self) -> None:
         """Send all running requests back to the queue's front; their latents are computed anew (after an update)."""
@@ -242,33 +256,34 @@ class Scheduler:
         self.settle()
         computing: dict[int, int] = {}  # prefixes, and the priority that they are computed with
         for other in sorted(self.running.values(), key=lambda r: -r.priority):
-            if other.computed < len(other.prompt):
+            if other.computed < len(other.prompt) and other.space == self._space(other):
                 computing |= dict.fromkeys(other.chain, other.priority)
         kept: list[Request] = []
-        while self.waiting:
-            request = self.waiting.take()
-            limit = len(request.ids) - 1
-            if request.unscored:
-                limit = min(max(request.score_from - 1, 0), limit)
-            if request.choices:  # what is told must be computed
-                limit = min(limit, request.choices.first)
-            found = self.prefix.match(self._space(request), request.ids[:limit])
-            missing = request.chain[len(found) : limit // BLOCK][:1] if self.prefix.enabled else []
-            if any(computing.get(part, request.priority + 1) <= request.priority for part in missing):
+        try:
+            while self.waiting:
+                request = self.waiting.take()
                 kept.append(request)
-                continue
-            if not self.free:
-                victim = self._victim(request.priority)
-                if victim is None:
-                    kept.append(request)
-                    break
-                self._preempt(victim)
+                limit = len(request.ids) - 1
+                if request.unscored:
+                    limit = min(max(request.score_from - 1, 0), limit)
+                if request.choices:  # what is told must be computed
+                    limit = min(limit, request.choices.first)
                 found = self.prefix.match(self._space(request), request.ids[:limit])
-            self._start(request, found)
-            computing |= dict.fromkeys(request.chain, request.priority)
-        for request in reversed(kept):
-            self.waiting.put_back(request)
-        self.waiting.tidy()
+                missing = request.chain[len(found) : limit // BLOCK][:1] if self.prefix.takes_more else []
+                if any(computing.get(part, request.priority + 1) <= request.priority for part in missing):
+                    continue
+                if not self.free:
+                    victim = self._victim(request.priority)
+                    if victim is None:
+                        break
+                    self._preempt(victim)
+                    found = self.prefix.match(self._space(request), request.ids[:limit])
+                self._start(kept.pop(), found)
+                computing |= dict.fromkeys(request.chain, request.priority)
+        finally:
+            for request in reversed(kept):
+                self.waiting.put_back(request)
+            self.waiting.tidy()
 
     def _victim(self, priority: int) -> Request | None:
         """The running request to push out for one of `priority`: of the lowest, that which was let in last."""
@@ -284,13 +299,13 @@ class Scheduler:
         """Give a slot to a request that was taken from the queue."""
         self.waiting.charge(request)
         request.slot = heapq.heappop(self.free)
+        self.running[request.rid] = request
         request.space = self._space(request)
         request.held = self.prefix.restore(found, request.slot)
         request.computed = len(request.held) * BLOCK
         if self.drafter and request.held:
             request.spec.rows = request.computed
             request.computed -= 1  # once more: its state is what the MTP layer's next row joins
-        self.running[request.rid] = request
         if not request.weight_version:  # the first time
             request.cached_tokens = min(request.computed, len(request.prompt))
             self.counters.prompt_tokens += len(request.prompt)
@@ -364,6 +379,8 @@ class Scheduler:
         self._letting_go(request)()
         self._release(request)
         request.computed, request.spec.rows = 0, 1
+        if request.choices:
+            request.choices.clear()
         request.retractions += 1
         request.spec.drafts.clear()
         request.spec.probabilities.clear()
@@ -380,9 +397,9 @@ class Scheduler:
             self._end(request, "stop")
         self.sampler.stopped.clear()
 
-    def _end(self, request: Request, finish: str) -> None:
+    def _end(self, request: Request, finish: str, publish: bool = True) -> None:
         if request.slot >= 0:
-            if request.computed >= len(request.prompt):
+            if publish and request.computed >= len(request.prompt):
                 self.behind.later(self._publishing(request))
             self.behind.later(self._letting_go(request))
             self.waiting.refund(request, again=False)

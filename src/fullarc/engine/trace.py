@@ -68,6 +68,10 @@ class Choices:
         keys = trace.keys_NLS if self.keys else None
         self._parts.append((position, Trace(*(x if x is None else x[rows].clone() for x in (experts, keys)))))
 
+    def clear(self) -> None:
+        """Forget all: the positions will be computed again."""
+        self._parts.clear()
+
     def read(self, end: int) -> Trace | None:
         """What the positions up to `end` chose; None unless all of them from `first` on were computed."""
         known = torch.zeros(max(end, 0), dtype=torch.bool)

@@ -40,8 +40,9 @@ class Waiting:
         return self._count
 
     def __iter__(self) -> Iterator[Request]:
-        for line in self._lines.values():
-            yield from line.requests
+        """A snapshot: others may look while the engine's thread changes it."""
+        for line in list(self._lines.values()):
+            yield from list(line.requests)
 
     @property
     def priority(self) -> int:
@@ -83,11 +84,18 @@ class Waiting:
 
     def charge(self, request: Request) -> None:
         """A request that was taken gets a slot."""
+        request.charged = self._lines[request.claim].began
         self.shares.charge(request.claim, self._cost(request))
         self._note(request.claim)
 
     def refund(self, request: Request, again: bool) -> None:
-        """It has given the slot back, for ever or to wait for another one `again`."""
+        """It has given the slot back, for ever or to wait for another one `again`.
+
+        What was charged to a session that has not waited without a break since then is forgotten, and so is this.
+        """
+        line = self._lines.get(request.claim)
+        if line is None or line.began != request.charged:
+            return
         self.shares.refund(request.claim, self._cost(request) - (0 if again else len(request.ids)))
         self._note(request.claim)
 

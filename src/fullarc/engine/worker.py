@@ -80,4 +80,4 @@ class Worker:
             work()
         except Exception as error:  # noqa: BLE001  (reported by /health; every request still gets its end)
             self.error = error
-            self.scheduler.abort(None)
+            self.scheduler.fail()

@@ -35,7 +35,7 @@ class Side:
         self.engine = Engine(checkpoint, 1, prefix_tokens=0, draft_steps=drafts)
         drafter = self.engine.scheduler.drafter
         if drafter and always:
-            drafter.pace = None
+            drafter.always()
         self.stop_ids = frozenset(Tokenizer.load(checkpoint).stop_ids)
         self.answers: list[list[int]] = []
 

@@ -74,10 +74,9 @@ class Loras:
     async def load_v1(self, http: HttpRequest) -> Response:
         """Load an adapter's folder under a new name."""
         body = await read_body(http, LoadBody)
-        if body.lora_name in self.service.scheduler.adapters and not body.load_inplace:
+        if not await self._load(body, body.load_inplace):
             message = f"The adapter {body.lora_name!r} is loaded already. Set load_inplace to replace it."
             return error_answer(http.url.path, 400, message, "lora_name")
-        await self._load(body)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_v1(self, http: HttpRequest) -> Response:
@@ -87,14 +86,18 @@ class Loras:
             return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
         return error_answer(http.url.path, 404, f"No adapter {body.lora_name!r} is loaded.", "lora_name")
 
-    async def _load(self, body: LoadBody) -> None:
+    async def _load(self, body: LoadBody, replace: bool = True) -> bool:
+        """False if there is one of this name that may not be replaced."""
         name, folder = body.lora_name, body.lora_path
         if not _NAME.fullmatch(name) or name == self.service.name:
             raise FullarcError(f"{name!r} cannot be an adapter's name.", "Use one without spaces and colons.")
         async with self.updates.lock:
+            if not replace and name in self.service.scheduler.adapters:
+                return False
             adapter = await asyncio.to_thread(self._made, name, folder)
             self.service.strict = True
             await self.service.on_engine(lambda s: s.adapters.update({name: adapter}))
+        return True
 
     def _made(self, name: str, folder: str) -> Adapter:
         weights = self.service.scheduler.weights
@@ -107,5 +110,5 @@ class Loras:
             return await self.service.on_engine(lambda s: s.adapters.pop(name, None)) is not None
 
     def _told(self, error: str | None = None) -> dict[str, Any]:
-        loaded = {name: adapter.folder for name, adapter in self.service.scheduler.adapters.items()}
+        loaded = {name: adapter.folder for name, adapter in self.service.scheduler.adapters.copy().items()}
         return {"success": error is None, "error_message": error, "loaded_adapters": loaded}

@@ -248,7 +248,8 @@ class Updates:
     async def rename(self, http: HttpRequest) -> Response:
         """Give the present weights another version."""
         body = await read_body(http, VersionBody)
-        await self.service.on_engine(lambda s: _rename(s, body.new_version, body.abort_all_requests))
+        async with self.lock:  # what is being read now gets the new version too, or comes after it
+            await self.service.on_engine(lambda s: _rename(s, body.new_version, body.abort_all_requests))
         return answer({"success": True, "message": "Renamed.", "new_version": body.new_version})
 
     async def by_name(self, http: HttpRequest) -> Response:

@@ -138,15 +138,18 @@ API void fullarc_logprobs(float *logits, int64_t ld, int rows, int vocab, const 
 /* What the MTP layer guesses for `count` sequences, up to wanted[i] tokens each: tokens [steps][count].
 
    `states` [count, hidden'] are its states of the last known tokens, and are overwritten; the first guess of sequence i
-   stands at positions[i]. Each guess is drawn at its temperature as the token at its place will be. `memory`: fullarc_room for
-   `count` rows; `numbers`: (count + 2) * vocab' + 4 * count of them. */
+   stands at positions[i]. Each guess is drawn at its temperature as the token at its place will be. A sequence's guesses end, with -1,
+   before the product of the likeliest tokens' probabilities falls below e^least. `memory`: fullarc_room for `count` rows;
+   `numbers`: (count + 2) * vocab' + 5 * count of them. */
 API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps, float *states, const int32_t *slots,
                        const int32_t *positions, const int32_t *wanted, const float *temperatures, const uint64_t *seeds, int vocab,
-                       int threads, char *memory, float *numbers, int32_t *tokens) {
+                       float least, int threads, char *memory, float *numbers, int32_t *tokens) {
     int64_t hidden = WHOLE(m->hidden), width = m->head.part[0].outputs;
-    float *logits = numbers, *rows = logits + count * width, unused;
-    int32_t *ids = (int32_t *)(rows + 2 * width), *slot = ids + count, *position = slot + count, *owner = position + count;
+    float *logits = numbers, *rows = logits + count * width, *sure = rows + 2 * width, unused, likeliest;
+    int32_t *ids = (int32_t *)(sure + count), *slot = ids + count, *position = slot + count, *owner = position + count;
     int left = 0;
+    for (int i = 0; i < count; i++) sure[i] = 0;
+    for (int i = 0; i < count * steps; i++) tokens[i] = -1;
     for (int i = 0; i < count; i++)
         if (wanted[i] > 0) memmove(states + left * hidden, states + i * hidden, hidden * sizeof(float)), owner[left++] = i;
     for (int depth = 0; depth < steps && left; depth++) {
@@ -159,7 +162,9 @@ API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps,
         for (int r = 0; r < left; r++) {
             int i = owner[r];
             double u = uniform(seeds[i], positions[i] + depth);
-            int32_t token = draw(logits + r * width, vocab, temperatures[i], u, rows, &unused);
+            int32_t token = draw(logits + r * width, vocab, temperatures[i], u, rows, &unused, &likeliest);
+            sure[i] += likeliest;
+            if (sure[i] < least) continue;
             tokens[depth * count + i] = token;
             if (wanted[i] <= depth + 1) continue;
             memmove(states + kept * hidden, states + r * hidden, hidden * sizeof(float));
@@ -177,6 +182,7 @@ API void fullarc_uniform(int count, const uint64_t *seeds, const uint64_t *posit
 /* A token and its log-prob for each row of `logits` [rows, vocab], `ld` apart (whole vectors); `room`: two rows. */
 API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const uint64_t *seeds,
                         const uint64_t *positions, float *room, int32_t *tokens, float *logprobs) {
+    float unused;
     for (int r = 0; r < rows; r++)
-        tokens[r] = draw(logits + r * ld, vocab, temperatures[r], uniform(seeds[r], positions[r]), room, logprobs + r);
+        tokens[r] = draw(logits + r * ld, vocab, temperatures[r], uniform(seeds[r], positions[r]), room, logprobs + r, &unused);
 }

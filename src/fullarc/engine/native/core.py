@@ -6,6 +6,7 @@ Shape suffixes: as in model/ops.py; N rows, P positions, W = C + R, I index dim.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -104,12 +105,13 @@ class NativeCore:
 
     def guess(
         self, states_ND: Tensor, slots: Sequence[int], positions: Sequence[int], wanted: Sequence[int],
-        temperatures: Sequence[float], seeds: Sequence[int], steps: int,
+        temperatures: Sequence[float], seeds: Sequence[int], steps: int, least: float = 0.0,
     ) -> list[list[int]]:  # fmt: skip
         """What the MTP layer guesses behind each sequence's last known token, up to wanted[i] tokens of it.
 
         It reads its own guesses on; the first one stands at positions[i]. Each is drawn at its temperature (0: the
-        likeliest) by the number that will draw the token at its place.
+        likeliest) by the number that will draw the token at its place. They end before the product of the likeliest
+        ones' probabilities falls below `least`.
         """
         count = len(states_ND)
         states = F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous()
@@ -117,7 +119,7 @@ class NativeCore:
             states = states.clone()
         model, vocab = self.weights.model, self.weights.config.vocab_size
         self._reserve(count)
-        numbers = torch.empty((count + 2) * model.head.outputs + 4 * count)
+        numbers = torch.empty((count + 2) * model.head.outputs + 5 * count)
         tokens, ints, floats32 = (
             (ctypes.c_int32 * (steps * count))(),
             ctypes.c_int32 * count,
@@ -126,9 +128,9 @@ class NativeCore:
         self._library.fullarc_draft(
             ctypes.byref(model), ctypes.byref(self.cache.structure), count, steps, states.data_ptr(), ints(*slots),
             ints(*positions), ints(*wanted), floats32(*temperatures), (ctypes.c_uint64 * count)(*seeds), vocab,
-            self.threads, self._memory.data_ptr(), numbers.data_ptr(), tokens,
+            math.log(least) if least else -math.inf, self.threads, self._memory.data_ptr(), numbers.data_ptr(), tokens,
         )  # fmt: skip
-        return [[tokens[depth * count + i] for depth in range(min(wanted[i], steps))] for i in range(count)]
+        return [[token for token in tokens[i::count] if token >= 0] for i in range(count)]
 
     def logits(self, hidden_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), V] of chosen rows."""

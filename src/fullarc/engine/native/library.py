@@ -51,6 +51,7 @@ def library(processor: str = PROCESSOR) -> ctypes.CDLL:
         int32,
         *[pointer] * 6,
         int32,
+        ctypes.c_float,
         int32,
         *[pointer] * 3,
     ]

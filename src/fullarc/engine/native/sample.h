@@ -44,8 +44,8 @@ static double uniform(uint64_t seed, uint64_t position) {
     return (x >> 12) * 0x1p-52;
 }
 
-/* `room`: twice a row. */
-static int32_t draw(float *logits, int vocab, float temperature, double u, float *room, float *logprob) {
+/* `likeliest`: the log-prob of the likeliest token; `room`: twice a row. */
+static int32_t draw(float *logits, int vocab, float temperature, double u, float *room, float *logprob, float *likeliest) {
     int whole = WHOLE(vocab);
     float *x = room, *p = room + whole;
     double total;
@@ -64,5 +64,6 @@ static int32_t draw(float *logits, int vocab, float temperature, double u, float
         while (token > 0 && p[token] == 0) token--; /* rounding cannot end on a token that has no probability */
     }
     *logprob = x[token] - log_total;
+    *likeliest = -log_total;
     return token;
 }
