@@ -186,8 +186,10 @@ class Drafter:
         if not core.weights.has_mtp:
             raise FullarcError("This model has no MTP layer to draft with.", "Start without draft steps.")
         self.core, self.steps, self.rejection = core, steps, rejection
-        self.pace, self.least = (Pace(steps), LEAST) if adaptive and not rejection else (None, 0.0)
-        self.before = 0
+        self.pace: Pace | None = None
+        self.least, self.before = 0.0, 0
+        if adaptive and not rejection:
+            self.pace, self.least = Pace(steps), LEAST
         width = core.weights.config.hidden_size
         self._states = torch.zeros(core.cache.slots, KEPT_STATES, width)
 
