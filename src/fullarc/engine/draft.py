@@ -9,8 +9,8 @@ many come at once. With `rejection` (more drafts are accepted at temperatures ab
 of the same distribution. The MTP layer's rows of committed tokens are computed from the trunk's states. Drafts are
 chosen as tokens are: by the request's own temperature, truncation and penalties.
 
-Drafts cost time. `Pace` measures what up to n drafts take and bring for batches of about the present size, and chooses
-n; and a sequence's drafts end where the MTP layer itself holds it for too unlikely (below `LEAST`) that all are right.
+Drafts cost time. A sequence's drafts end where the MTP layer itself holds it for too unlikely (below `LEAST`) that all
+are right; and `Pace` measures whether drafts pay at all for batches of about the present size.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ MAX_DRAFTS = 4
 KEPT_STATES = 64
 LEAST = 0.4
 """A further draft is worth its time from about here on (docs/log.md)."""
-SMOOTHING, LOOK_SMOOTHING = 0.1, 0.5
-TRIALS = 3
-FIRST_LOOK, RAREST_LOOK = 32, 512
+MEMORY = 0.95
+TRIALS = 8
+FIRST_LOOK, RAREST_LOOK = 64, 1024
 
 
 @dataclass
@@ -97,54 +97,52 @@ class Speculation:
 
 
 class Pace:
-    """How many drafts pay: for each size of batch, tokens per second with 0 … `most` drafts, smoothed.
+    """Whether drafts pay: for each size of batch, tokens per second with and without them, of late.
 
-    Nothing is drafted before it has been measured. Every count is tried TRIALS times; then the best is kept, and the
-    others are looked at again, ever more rarely while that changes nothing.
+    Nothing is drafted before it has been measured. Both ways are tried for TRIALS steps; then the faster one is kept,
+    and the other is looked at again for as many, ever more rarely while that changes nothing.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self) -> None:
         self._sizes: dict[int, _Measured] = {}
 
-    def choose(self, batch: int, quiet: bool) -> int:
-        """Number of drafts for the next step of `batch` sequences; only `quiet` ones, without prompts, try others."""
+    def choose(self, batch: int, quiet: bool) -> bool:
+        """Whether to draft for the next step of `batch` sequences; only `quiet` ones, without prompts, are trials."""
         measured = self._of(batch)
         return measured.next if quiet else measured.best
 
-    def record(self, batch: int, drafts: int, tokens: int, seconds: float) -> None:
-        """A step that checked `drafts` drafts a sequence, and made as many, took `seconds` for `tokens` in all."""
-        self._of(batch).record(drafts, tokens, seconds)
+    def record(self, batch: int, drafted: bool, tokens: int, seconds: float) -> None:
+        """A step that checked drafts, and made them, or did neither, took `seconds` for `tokens` in all."""
+        self._of(batch).record(drafted, tokens, seconds)
 
     def _of(self, batch: int) -> "_Measured":
-        return self._sizes.setdefault(batch.bit_length(), _Measured(self.most))
+        return self._sizes.setdefault(batch.bit_length(), _Measured())
 
 
 class _Measured:
-    """One size of batch. `best`: the fastest number of drafts so far; `next`: the one to use or to try."""
+    """One size of batch. `best`: whether drafts are faster; `next`: whether to use or to try them."""
 
-    def __init__(self, most: int) -> None:
-        self.tokens, self.seconds, self.seen = [0.0] * (most + 1), [0.0] * (most + 1), [0] * (most + 1)
-        self.best, self.next = 0, most
-        self._wait = self._interval = FIRST_LOOK
-        self._other = 0
+    def __init__(self) -> None:
+        self.best, self.next = False, True
+        self._tokens, self._seconds, self._seen = [0.0, 0.0], [0.0, 0.0], [0, 0]
+        self._looking, self._left, self._interval = True, TRIALS, FIRST_LOOK
 
-    def record(self, drafts: int, tokens: int, seconds: float) -> None:
-        share = max(SMOOTHING if drafts == self.best else LOOK_SMOOTHING, 1 / (self.seen[drafts] + 1))
-        self.seen[drafts] += 1
-        self.tokens[drafts] += share * (tokens - self.tokens[drafts])
-        self.seconds[drafts] += share * (seconds - self.seconds[drafts])
-        best = max((d for d, n in enumerate(self.seen) if n), key=lambda d: self.tokens[d] / self.seconds[d])
-        if best != self.best:
-            self.best, self._wait, self._interval = best, FIRST_LOOK, FIRST_LOOK
-        untried = [d for d, n in enumerate(self.seen) if n < TRIALS]
-        self.next = untried[-1] if untried else best
-        self._wait -= 1
-        if self._wait <= 0 and not untried:
-            self._other = (self._other + 1) % len(self.seen)
-            if self._other == 0:
-                self._interval = min(2 * self._interval, RAREST_LOOK)
-            self._wait, self.next = self._interval, self._other
+    def record(self, drafted: bool, tokens: int, seconds: float) -> None:
+        self._seen[drafted] += 1
+        self._tokens[drafted] = MEMORY * self._tokens[drafted] + tokens
+        self._seconds[drafted] = MEMORY * self._seconds[drafted] + seconds
+        if min(self._seen) >= TRIALS:
+            without, with_drafts = (t / s for t, s in zip(self._tokens, self._seconds, strict=True))
+            if self.best != (with_drafts > without):
+                self.best, self._interval = not self.best, FIRST_LOOK
+        self._left -= 1
+        if self._left > 0:
+            self.next = self.next if self._looking else self.best
+        elif self._looking and min(self._seen) >= TRIALS:
+            self._looking, self.next, self._left = False, self.best, self._interval
+            self._interval = min(2 * self._interval, RAREST_LOOK)
+        else:
+            self._looking, self.next, self._left = True, not self.next, TRIALS
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class Drafter:
         core: with a cache for the MTP layer.
         steps: drafts per verify step at most, 1 to MAX_DRAFTS.
         rejection: sample by rejection. Then `steps` drafts are always made, because their number decides tokens.
-        adaptive: choose the number of drafts by measured speed, and end them where they are unlikely.
+        adaptive: draft where it is measured to be faster, and end drafts where they are unlikely.
 
     Raises FullarcError if the model has no MTP layer or `steps` is out of range.
     """
@@ -189,7 +187,7 @@ class Drafter:
         self.pace: Pace | None = None
         self.least, self.before = 0.0, 0
         if adaptive and not rejection:
-            self.pace, self.least = Pace(steps), LEAST
+            self.pace, self.least = Pace(), LEAST
         width = core.weights.config.hidden_size
         self._states = torch.zeros(core.cache.slots, KEPT_STATES, width)
 
@@ -199,7 +197,7 @@ class Drafter:
 
     def steps_for(self, batch: int, quiet: bool) -> int:
         """Drafts to make for a batch of `batch` decoding sequences; `quiet`: the next step has no prompts."""
-        return self.pace.choose(batch, quiet) if self.pace else self.steps
+        return self.steps if self.pace is None or self.pace.choose(batch, quiet) else 0
 
     @torch.inference_mode()
     def advance(self, sequences: Sequence[Progress], hidden_ND: Tensor, steps: int) -> None:

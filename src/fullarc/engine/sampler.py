@@ -117,11 +117,9 @@ class Sampler:
             ],
             hidden, steps,
         )  # fmt: skip
-        used = max(len(part.chunk.ids) - part.known for part in parts)
-        alike = drafter.before == steps if drafter.least else used == steps  # checked what is made now
-        drafter.before = steps
+        alike, drafter.before = drafter.before == steps, steps
         if drafter.pace and alike and all(part.decodes for part in parts):
-            drafter.pace.record(len(parts), steps, sampled, perf_counter() - began)
+            drafter.pace.record(len(parts), steps > 0, sampled, perf_counter() - began)
 
     def _room(self, request: Request) -> int:
         """Drafts that may follow a sequence's last known token; none before its first sampled one, nor with a guide."""
@@ -151,11 +149,14 @@ class Sampler:
         if drafts:
             while accepted < len(drafts) and choices[accepted].token == drafts[accepted]:
                 accepted += 1
-            request.spec.count(len(drafts), accepted)
-            self.counters.spec.count(len(drafts), accepted)
+        before = len(request.logprobs)
         for choice in choices[: accepted + 1]:
             if finish := self._append(request, choice):
                 break
+        if drafts:  # what comes behind an end is not counted
+            accepted = len(request.logprobs) - before - 1
+            request.spec.count(len(drafts), accepted)
+            self.counters.spec.count(len(drafts), accepted)
         request.computed = len(request.ids) - 1
         return finish
 
