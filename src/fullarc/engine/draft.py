@@ -13,6 +13,7 @@ Drafts cost time. A sequence's drafts end where the MTP layer itself holds it fo
 are right; and `Pace` measures whether drafts pay at all for batches of about the present size.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,12 +28,12 @@ from fullarc.engine.penalties import penalised
 from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
-KEPT_STATES = 64
-LEAST = 0.4
+KEPT_STATES = 24
+LEAST = 0.3
 """A further draft is worth its time from about here on (docs/log.md)."""
 MEMORY = 0.95
 TRIALS = 8
-FIRST_LOOK, RAREST_LOOK = 64, 1024
+FIRST_LOOK, RAREST_LOOK = 128, 1024
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Speculation:
     Attributes:
         drafts: of the tokens that follow the last known one; probabilities: what each was drawn from, with rejection.
         rows: the MTP layer has rows 1 … rows - 1.
+        late: the trunk's states of the last KEPT_STATES steps that were not followed, as rows of those steps' results.
         verified: steps in which drafts were checked. proposed, accepted: drafts.
         histogram: how many of these steps accepted 0, 1, … drafts.
     """
@@ -49,10 +51,21 @@ class Speculation:
     drafts: list[int] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)
     rows: int = 1
+    late: deque[Tensor] = field(default_factory=lambda: deque(maxlen=KEPT_STATES))
     verified: int = 0
     proposed: int = 0
     accepted: int = 0
     histogram: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))
+
+    def forget(self) -> None:
+        """What was drafted."""
+        self.drafts.clear()
+        self.probabilities.clear()
+
+    def postpone(self, state_D: Tensor) -> None:
+        """The trunk has computed one more token, in this state, and the MTP layer is to follow later."""
+        self.forget()
+        self.late.append(state_D)
 
     def count(self, proposed: int, accepted: int) -> None:
         """Note one checked run of drafts."""
@@ -188,8 +201,6 @@ class Drafter:
         self.least, self.before = 0.0, 0
         if adaptive and not rejection:
             self.pace, self.least = Pace(), LEAST
-        width = core.weights.config.hidden_size
-        self._states = torch.zeros(core.cache.slots, KEPT_STATES, width)
 
     def always(self) -> None:
         """From now on make as many drafts as may be."""
@@ -201,37 +212,23 @@ class Drafter:
 
     @torch.inference_mode()
     def advance(self, sequences: Sequence[Progress], hidden_ND: Tensor, steps: int) -> None:
-        """Bring the MTP layer's rows up to the trunk's and leave up to `steps` drafts with each sequence.
-
-        A decoding sequence without drafts is left for later while `steps` is 0; its last KEPT_STATES states are kept.
-        """
+        """Bring the MTP layer's rows up to the trunk's and leave up to `steps` drafts with each sequence."""
         for s in sequences:
-            s.spec.drafts.clear()
-            s.spec.probabilities.clear()
-        late = [s for s in sequences if steps == 0 and s.computed - s.start == 1]
-        if late:
-            slots, places = [s.slot for s in late], [s.start % KEPT_STATES for s in late]
-            self._states[torch.tensor(slots), torch.tensor(places)] = hidden_ND[
-                torch.tensor([s.row for s in late])
-            ]
-        now = [s for s in sequences if not (steps == 0 and s.computed - s.start == 1)]
-        now = [s for s in now if s.spec.rows <= min(s.computed, len(s.ids) - 1)]
+            s.spec.forget()
+        now = [s for s in sequences if s.spec.rows <= min(s.computed, len(s.ids) - 1)]
         if not now:
             return
-        chunks, rows, old = list[Chunk](), list[int](), list[tuple[int, int, int]]()
+        chunks, states = list[Chunk](), list[Tensor]()
         for s in now:
-            end = min(s.computed, len(s.ids) - 1)
-            first = max(s.spec.rows, min(s.start + 1, end + 1 - KEPT_STATES))
-            for row in range(first, end + 1):
-                if row <= s.start:
-                    old.append((len(rows), s.slot, (row - 1) % KEPT_STATES))
-                rows.append(max(s.row + row - 1 - s.start, 0))
+            end, late = min(s.computed, len(s.ids) - 1), s.spec.late
+            first = max(s.spec.rows, s.start + 1 - len(late))
+            if first <= s.start:
+                states += list(late)[first - 1 - s.start :]
+            states.append(hidden_ND[s.row + max(first - 1 - s.start, 0) : s.row + end - s.start])
             chunks.append(Chunk(s.slot, first, s.ids[first : end + 1]))
+            late.clear()
             s.spec.rows = end + 1
-        states_ND = hidden_ND.index_select(0, torch.tensor(rows))
-        if old:
-            at_M, slot_M, place_M = (torch.tensor(part) for part in zip(*old, strict=True))
-            states_ND[at_M] = self._states[slot_M, place_M]
+        states_ND = torch.cat([state if state.ndim == 2 else state[None] for state in states])
         hidden_ND = self.core.look_ahead(chunks, states_ND)
         ends = [sum(len(chunk.ids) for chunk in chunks[: i + 1]) - 1 for i in range(len(chunks))]
         self._draft([(s, end) for s, end in zip(now, ends, strict=True) if s.room > 0], hidden_ND, steps)

@@ -109,14 +109,28 @@ class Sampler:
         `quiet`: the next step has no prompts.
         """
         steps = drafter.steps_for(sum(part.request not in ended for part in parts), quiet)
-        drafter.advance(
-            [
-                Progress(r.spec, r.params, r.slot, r.prompt, r.ids, r.computed, part.chunk.start, part.row,
-                         0 if r in ended else self._room(r))
-                for part in parts for r in (part.request,)
-            ],
-            hidden, steps,
-        )  # fmt: skip
+        followed = list[Progress]()
+        for part in parts:
+            r = part.request
+            if steps == 0 and r.computed - part.chunk.start == 1:
+                r.spec.postpone(hidden[part.row])
+            else:
+                room = 0 if r in ended else self._room(r)
+                followed.append(
+                    Progress(
+                        r.spec,
+                        r.params,
+                        r.slot,
+                        r.prompt,
+                        r.ids,
+                        r.computed,
+                        part.chunk.start,
+                        part.row,
+                        room,
+                    )
+                )
+        if followed:
+            drafter.advance(followed, hidden, steps)
         alike, drafter.before = drafter.before == steps, steps
         if drafter.pace and alike and all(part.decodes for part in parts):
             drafter.pace.record(len(parts), steps > 0, sampled, perf_counter() - began)

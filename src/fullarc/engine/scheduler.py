@@ -382,8 +382,8 @@ class Scheduler:
         if request.choices:
             request.choices.clear()
         request.retractions += 1
-        request.spec.drafts.clear()
-        request.spec.probabilities.clear()
+        request.spec.late.clear()
+        request.spec.forget()
         if forget:
             request.hidden = None
             for told in (request.input_logprobs, request.input_top_logprobs, request.input_ids_logprobs):
