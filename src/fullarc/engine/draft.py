@@ -29,8 +29,9 @@ from fullarc.engine.sampling import SamplingParams, draft
 
 MAX_DRAFTS = 4
 KEPT_STATES = 24
-LEAST = 0.3
+LEAST = 0.4
 """A further draft is worth its time from about here on (docs/log.md)."""
+LONGEST_REST = 3
 MEMORY = 0.95
 TRIALS = 8
 FIRST_LOOK, RAREST_LOOK = 128, 1024
@@ -43,6 +44,7 @@ class Speculation:
     Attributes:
         drafts: of the tokens that follow the last known one; probabilities: what each was drawn from, with rejection.
         rows: the MTP layer has rows 1 … rows - 1.
+        rest, pause: steps to leave out, and how many were left out after the last try.
         late: the trunk's states of the last KEPT_STATES steps that were not followed, as rows of those steps' results.
         verified: steps in which drafts were checked. proposed, accepted: drafts.
         histogram: how many of these steps accepted 0, 1, … drafts.
@@ -52,6 +54,8 @@ class Speculation:
     probabilities: list[Tensor] = field(default_factory=list)
     rows: int = 1
     late: deque[Tensor] = field(default_factory=lambda: deque(maxlen=KEPT_STATES))
+    rest: int = 0
+    pause: int = 0
     verified: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -61,6 +65,16 @@ class Speculation:
         """What was drafted."""
         self.drafts.clear()
         self.probabilities.clear()
+
+    def resting(self) -> bool:
+        """Whether the next step is to be left out, because the last ones were too unsure for drafts."""
+        self.rest -= 1
+        return self.rest >= 0
+
+    def tried(self) -> None:
+        """Drafts were asked for: rest after none, longer each time."""
+        self.pause = 0 if self.drafts else min(2 * self.pause + 1, LONGEST_REST)
+        self.rest = self.pause
 
     def postpone(self, state_D: Tensor) -> None:
         """The trunk has computed one more token, in this state, and the MTP layer is to follow later."""
@@ -232,6 +246,9 @@ class Drafter:
         hidden_ND = self.core.look_ahead(chunks, states_ND)
         ends = [sum(len(chunk.ids) for chunk in chunks[: i + 1]) - 1 for i in range(len(chunks))]
         self._draft([(s, end) for s, end in zip(now, ends, strict=True) if s.room > 0], hidden_ND, steps)
+        if self.least and steps:
+            for s in now:
+                s.spec.tried()
 
     def _draft(self, wanted: list[tuple[Progress, int]], hidden_ND: Tensor, steps: int) -> None:
         if steps and wanted and isinstance(self.core, NativeCore) and not self.rejection:

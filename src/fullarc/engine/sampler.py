@@ -112,7 +112,7 @@ class Sampler:
         followed = list[Progress]()
         for part in parts:
             r = part.request
-            if steps == 0 and r.computed - part.chunk.start == 1:
+            if r.computed - part.chunk.start == 1 and (steps == 0 or r.spec.resting()):
                 r.spec.postpone(hidden[part.row])
             else:
                 room = 0 if r in ended else self._room(r)

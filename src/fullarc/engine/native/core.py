@@ -101,7 +101,7 @@ class NativeCore:
 
         The state of row p predicts token p + 1, and is what row p + 1 joins when the trunk's is not known yet.
         """
-        return self._pass(chunks, F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous())
+        return self._pass(chunks, _whole_rows(states_ND))
 
     def guess(
         self, states_ND: Tensor, slots: Sequence[int], positions: Sequence[int], wanted: Sequence[int],
@@ -114,7 +114,7 @@ class NativeCore:
         ones' probabilities falls below `least`.
         """
         count = len(states_ND)
-        states = F.pad(states_ND, (0, -states_ND.shape[1] % LANES)).contiguous()
+        states = _whole_rows(states_ND)
         if states.data_ptr() == states_ND.data_ptr():
             states = states.clone()
         model, vocab = self.weights.model, self.weights.config.vocab_size
@@ -163,6 +163,12 @@ class NativeCore:
             _pointer(trace.keys_NLS if trace else None),
         )  # fmt: skip
         return out_ND[:, : c.hidden_size]
+
+
+def _whole_rows(states_ND: Tensor) -> Tensor:
+    """Contiguous, and padded to whole vectors."""
+    missing = -states_ND.shape[1] % LANES
+    return (F.pad(states_ND, (0, missing)) if missing else states_ND).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
