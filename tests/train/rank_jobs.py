@@ -26,6 +26,7 @@ from fullarc.train import (
     load_checkpoint,
     run_phase,
     save_checkpoint,
+    stages,
     trained,
 )
 from fullarc.train.parallel import ALONE, Ranks, ShardedOptimizer
@@ -119,6 +120,31 @@ def not_finite(ranks: Ranks, config: ModelConfig, rows: Path, experts: bool, nam
     assert all(torch.equal(value, before[key]) for key, value in trainer.parameters.items())
     del trainer._everywhere
     assert trainer.step(micro, LOSS)["count"] > 0  # all ranks go on together
+    return tuple(told)
+
+
+def bad_bias(ranks: Ranks, config: ModelConfig, rows: Path, parallel: str, folder: Path) -> tuple[str, str]:
+    """A router's bias is NaN on the last rank, then on all that have it: what this rank is told by a step and by a
+    checkpoint, of which nothing is left; after which all go on together."""
+    from test_checkpoint import tiny_phase
+
+    phase = replace(tiny_phase(rows), parallel=parallel, mtp_steps=2)
+    trainer = stages._trainer(phase, GlmMoeDsa(config).init_weights(1), ranks)
+    micro, told = batches(rows)[0].split(1), []
+    bias = trainer.model.state_dict().get("mtp_layer.mlp.gate.e_score_correction_bias", torch.zeros(4))
+    before = {name: value.clone() for name, value in trainer.parameters.items()}
+    everyone = parallel == "pp"  # of the ranks one has it
+    if everyone or ranks.rank == ranks.size - 1:
+        bias[0] = torch.nan
+    for act in (lambda: trainer.step(micro, LOSS), lambda: save_checkpoint(folder, trainer, {})):
+        try:
+            act()
+        except FullarcError as error:
+            told.append(error.message)
+        bias[0] = torch.nan
+    assert all(torch.equal(value, before[name]) for name, value in trainer.parameters.items())
+    bias[0] = 0.0
+    assert trainer.step(micro, LOSS)["count"] > 0
     return tuple(told)
 
 

@@ -93,9 +93,10 @@ def test_rows_longer_than_the_positions_are_refused_before_the_first_step(make_r
 
 
 @pytest.mark.parametrize("planted", [torch.nan, torch.inf])
-@pytest.mark.parametrize(
-    "name", ["embed_tokens.weight", "layers.1.mlp.experts.down_proj", "mtp_layer.eh_proj.weight"]
-)
+@pytest.mark.parametrize("name", [
+    "embed_tokens.weight", "layers.1.mlp.experts.down_proj", "mtp_layer.eh_proj.weight",
+    "layers.1.mlp.gate.e_score_correction_bias", "mtp_layer.mlp.gate.e_score_correction_bias",
+])  # fmt: skip
 def test_a_bad_weight_stops_a_phase_with_its_name_and_the_last_checkpoint_is_good(
     make_rows, tmp_path, name, planted
 ):
@@ -107,8 +108,7 @@ def test_a_bad_weight_stops_a_phase_with_its_name_and_the_last_checkpoint_is_goo
 
     def plant(step, **_):
         if step == 5:
-            with torch.no_grad():
-                dict(started[0].named_parameters())[name].fill_(planted)
+            started[0].state_dict()[name].fill_(planted)
 
     with pytest.raises(NonFinite, match=f"Step 5: .* is NaN or infinite; first not finite: weight {name}"):
         run_phase(tiny_phase(rows), start, tmp_path / "out", log=plant)
@@ -117,6 +117,27 @@ def test_a_bad_weight_stops_a_phase_with_its_name_and_the_last_checkpoint_is_goo
         run_phase(tiny_phase(rows), tiny, tmp_path / out)
     files = [load_file(tmp_path / n / "model.safetensors") for n in ("out", "straight")]
     assert all(torch.equal(value, files[1][n]) for n, value in files[0].items())
+
+
+def test_a_bad_router_bias_shows_in_no_loss_and_stops_a_step_all_the_same(config, make_rows):
+    name, rows = "layers.1.mlp.gate.e_score_correction_bias", Rows(make_rows(), 4, 0)
+    trainer, batch = make_trainer(GlmMoeDsa(config).init_weights(1)), rows.next()
+    trainer.step([batch], LOSS)
+    bias = trainer.model.state_dict()[name]
+    bias[2] = torch.nan
+    before = everything(trainer)
+    assert LOSS(trainer.model, batch).total.isfinite()
+    message = f"Step 1: a buffer of the model is NaN or infinite; first not finite: weight {name} .1 in all"
+    with pytest.raises(NonFinite, match=message):
+        trainer.step([batch], LOSS)
+    tensors, values = everything(trainer)
+    assert values == before[1]
+    assert all(
+        torch.equal(tensor.nan_to_num(7.0), before[0][name].nan_to_num(7.0))
+        for name, tensor in tensors.items()
+    )
+    bias[2] = 0.0
+    assert trainer.step([batch], LOSS)["count"] > 0
 
 
 @pytest.mark.slow

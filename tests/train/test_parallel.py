@@ -176,6 +176,17 @@ def test_every_rank_names_what_is_not_finite_on_one(config, make_rows, experts, 
     assert f"the gradient is NaN or infinite; first not finite: gradient of {name} (1 in all)" in told[0][1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["zero1", "fsdp2", "fsdp2+ep", "cp", "pp"])
+def test_a_bad_router_bias_of_one_rank_stops_all_and_is_never_saved(config, make_rows, tmp_path, parallel):
+    name, out = "mtp_layer.mlp.gate.e_score_correction_bias", tmp_path / "out"
+    for step, save in launch(jobs.bad_bias, 2, config, make_rows(), parallel, out):
+        assert "Step 0: a buffer of the model is NaN or infinite" in step
+        assert f"first not finite: weight {name} (1 in all). Nothing was updated" in step
+        assert save == f"{name} is not finite; the checkpoint {out} was not written."
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.parametrize(
     "how, error, message",
     [

@@ -47,11 +47,11 @@ def save_checkpoint(
         extra: called with the temporary folder, to add files of the caller's own (RL: its behaviour weights).
 
     Raises:
-        FullarcError: a weight is NaN or infinite; nothing is written.
+        FullarcError: a weight or a router's bias is NaN or infinite; nothing is written.
     """
     ranks, model = trainer.ranks, trainer.whole_model()
-    weights = model.named_parameters() if ranks.first else ()
-    bad = [name for name, weight in weights if not torch.isfinite(weight).all()]
+    stored = model.state_dict() if ranks.first else {}
+    bad = [name for name, value in stored.items() if not torch.isfinite(value).all()]
     if bad := ranks.gather(bad)[0]:
         raise FullarcError(f"{bad[0]} is not finite; the checkpoint {folder} was not written.")
     tensors, values = trainer.state()

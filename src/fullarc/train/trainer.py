@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ LossFn = Callable[[Any, Any], LossSum]
 
 
 class NonFinite(FullarcError):
-    """Training stopped: a weight, the loss or a gradient is NaN or infinite."""
+    """Training stopped: a weight, a buffer, the loss or a gradient is NaN or infinite."""
 
     exit_code = 1
 
@@ -170,11 +171,15 @@ class Trainer:
     def _normalise(self, count: float) -> float:
         """Divide the gradients by the step's count, clip, and return the norm before clipping.
 
-        Each rank does so with those that its part of the optimizer uses.
+        Each rank does so with those that its part of the optimizer uses, and none if a buffer anywhere is not finite.
         """
         grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
         square = float(torch.nn.utils.get_total_norm(self._measured())) ** 2
-        norm = sum(self.ranks.gather(square)) ** 0.5 / count
+        sound = all(bool(torch.isfinite(buffer).all()) for buffer in self.model.buffers())
+        told = self.ranks.gather([square, sound])
+        if not all(sound for _, sound in told):  # a router's bias shows in no loss
+            raise self._non_finite("a buffer of the model")
+        norm = sum(square for square, _ in told) ** 0.5 / count
         if not norm < float("inf"):
             raise self._non_finite("the gradient")
         clip = self.settings.clip
@@ -207,8 +212,8 @@ class Trainer:
         ]
 
     def _weights(self) -> Iterable[tuple[str, Tensor]]:
-        """All weights that are here, trained or not."""
-        return self.model.named_parameters()
+        """All weights that are here, trained or not, and buffers."""
+        return chain(self.model.named_parameters(), self.model.named_buffers())
 
     def whole_model(self) -> Any:
         """The model with all of its weights, on the first rank at least; every rank must ask."""

@@ -163,7 +163,7 @@ class FsdpTrainer(Trainer):
         return sums.over(self.ranks, {}, {})
 
     def _weights(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, _rows(parameter)) for name, parameter in self.model.named_parameters())
+        return ((name, _rows(value)) for name, value in super()._weights())
 
     def whole_model(self) -> GlmMoeDsa:
         """The model with all of its weights on the first rank, an empty one on the others."""
