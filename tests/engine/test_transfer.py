@@ -355,4 +355,8 @@ def test_what_is_announced_is_checked_before_it_is_received(tensors):
                  b"[" * 100_000):  # fmt: skip
         with pytest.raises(FullarcError):
             receiver.read_description(text, 10**6)
+    for text, message in ((b'{"complex64": [["a", [1], 1]]}', "a: complex64 .* is no tensor that is received here"),
+                          (b'{"int8": [["a", [1], 1], ["a", [1], 1]]}', "A tensor is named twice")):  # fmt: skip
+        with pytest.raises(FullarcError, match=message):
+            receiver.read_description(text, 10**6)
     assert torch.float32 in receiver.read_description(b'{"float32": [["a", [3], 3]], "int8": []}', 10**6)

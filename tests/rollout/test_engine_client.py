@@ -128,3 +128,24 @@ async def test_errors_have_kinds(engine: FakeEngine) -> None:
             with pytest.raises(EngineError) as caught:
                 _ = [c async for c in client.stream([1], Sampling())]
             assert caught.value.kind == "timeout"
+
+
+async def test_a_stream_that_fails_says_what_failed() -> None:
+    """A refusal stays one, and a wrong number of log-probs, though all of them are ValueErrors."""
+    meta = {"output_token_logprobs": [[-1.0, 4, None]], "finish_reason": {"type": "stop"}}
+    answers = [
+        (httpx.Response(400, json={"error": {"message": "no"}}), "rejected", "http://e answered 400"),
+        (
+            httpx.Response(200, json={"output_ids": [4, 5], "meta_info": meta}),
+            "protocol",
+            "different number of tokens",
+        ),
+        (httpx.Response(200, json={"output_ids": [4]}), "protocol", "is not SGLang's"),
+        (httpx.Response(200, text="{"), "protocol", "not JSON"),
+    ]
+    for response, kind, message in answers:
+        transport = httpx.MockTransport(lambda _, response=response: response)
+        async with EngineClient("http://e", transport=transport) as client:
+            with pytest.raises(EngineError, match=message) as caught:
+                _ = [done async for done in client.stream([1], Sampling())]
+        assert caught.value.kind == kind and "SGLang's: EngineError" not in str(caught.value)

@@ -5,8 +5,8 @@ shows a traceback.
 """
 
 
-class FullarcError(Exception):
-    """A failure that the user can act on.
+class FullarcError(ValueError):
+    """A failure that the user can act on, most often by giving something else.
 
     Args:
         message: what was wrong and where (file, field, tensor).

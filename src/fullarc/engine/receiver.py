@@ -124,6 +124,8 @@ def read_description(text: bytes, limit: int) -> dict[torch.dtype, list[Spec]]:
             specs([str(n) for n, *_ in items], [dtype] * len(items), [list(s) for _, s, *_ in items], limit)
             for dtype, items in described.items()
         ]
+    except FullarcError:
+        raise
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise FullarcError("The description is not {type: [[name, shape, count], …]}.") from None
     if sum(spec.bytes for found in rows for spec in found) > limit:
@@ -174,7 +176,7 @@ def main() -> int:
             tensors = member.receive(order["form"], found, order["buffer_bytes"], order["limit"])
             save_file(tensors, order["path"])
             _answer(ok=True)
-    except (FullarcError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         _answer(error=_sentence(error))
         return 1
 

@@ -15,7 +15,7 @@ from fullarc.agent import ShellTool
 from fullarc.chat import Tokenizer
 from fullarc.config.stages import SandboxSettings
 from fullarc.engine import Engine, SamplingParams
-from fullarc.engine.request import Request, RequestError
+from fullarc.engine.request import Request
 from fullarc.rollout.engine_client import Completion, EngineClient, EngineError, Sampling
 from fullarc.rollout.episodes import Limits, agent_episode, single_turn
 from fullarc.rollout.gateway import Gateway
@@ -73,7 +73,7 @@ class LocalEngine(EngineClient):
             )  # fmt: skip
             request = Request(f"eval-{self._count}", list(ids), params, on_finish=lambda _: _settle(done))
             self._scheduler.check(request)
-        except (RequestError, ValueError) as error:
+        except ValueError as error:
             raise EngineError("rejected", str(error)) from None
         self._scheduler.submit(request)
         if self._driver is None or self._driver.done():

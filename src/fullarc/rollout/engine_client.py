@@ -173,6 +173,8 @@ class EngineClient:
                         yield _completion(json.loads(data))
         except httpx.HTTPError as error:
             raise _transport_error(self.url, error) from error
+        except EngineError:
+            raise
         except ValueError as error:
             raise EngineError("protocol", f"{self.url}/generate sent something that is not JSON.") from error
 
@@ -329,5 +331,7 @@ def _completion(item: Any) -> Completion:
             int(meta.get("prompt_tokens") or 0),
             int(meta.get("cached_tokens") or 0),
         )
+    except EngineError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise EngineError("protocol", f"The engine's answer is not SGLang's: {error!r}.") from error
