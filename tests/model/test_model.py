@@ -1,5 +1,6 @@
 """Properties of the network that no other implementation can vouch for."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from hf_reference import tiny_config
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig, preset
 from fullarc.model import GlmMoeDsa, mla, shift_targets
+from fullarc.model.indexer import Indexer
 from fullarc.model.moe import MoE
 from fullarc.model.ops import rope_tables, stable_topk, topk_mask
+from fullarc.model.pieces import Scratch
 
 
 def model(**overrides: int) -> GlmMoeDsa:
@@ -118,7 +121,9 @@ def packed() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, docs
 
 
-def test_a_document_is_untouched_by_its_neighbours() -> None:
+@pytest.mark.parametrize("gather_from", [3, 1000], ids=["gathered", "masked"])
+def test_a_document_is_untouched_by_its_neighbours(gather_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla, "GATHER_FROM", gather_from)
     net = model()
     ids, docs = packed()
     changed = ids.clone()
@@ -140,6 +145,22 @@ def test_mtp_does_not_look_into_the_next_document() -> None:
         outs = [net.mtp(net.trunk(x, docs).hidden_BTD, x, docs).hidden for x in (ids, changed)]
     for a, b in zip(*outs, strict=True):
         assert torch.equal(a[:, :40], b[:, :40])
+
+
+@pytest.mark.parametrize("gather_from", [3, 1000], ids=["gathered", "masked"])
+def test_mtp_of_a_document_is_untouched_by_the_one_before(
+    gather_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mla, "GATHER_FROM", gather_from)
+    net = model()
+    ids, docs = packed()
+    changed = ids.clone()
+    changed[:, :40] = (changed[:, :40] + 11) % 97
+    with torch.no_grad():
+        outs = [net.mtp(net.trunk(x, docs).hidden_BTD, x, docs, steps=3).hidden for x in (ids, changed)]
+    for a, b in zip(*outs, strict=True):
+        assert not torch.equal(a[:, :40], b[:, :40])
+        assert torch.equal(a[:, 40:90], b[:, 40:90])
 
 
 def test_gradients_do_not_cross_documents() -> None:
@@ -275,6 +296,58 @@ def test_shift_targets_table() -> None:
 # --- indexer --------------------
 
 
+def scores_by_hand(indexer: Indexer, q_latent: torch.Tensor, h: torch.Tensor, theta: float) -> torch.Tensor:
+    """I [T, T] of one row in double, number by number; the first dimensions are rotated in neighbouring pairs."""
+    q_latent, h = q_latent.double(), h.double()
+    heads, dim = indexer.heads, indexer.dim
+
+    def rotated(x: list[float], position: int) -> list[float]:
+        out = list(x)
+        for i in range(indexer.rope_dim // 2):
+            angle = position * theta ** (-2 * i / indexer.rope_dim)
+            a, b = x[2 * i], x[2 * i + 1]
+            out[2 * i] = a * math.cos(angle) - b * math.sin(angle)
+            out[2 * i + 1] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    queries, keys, weights = [], [], []
+    for t in range(len(h)):
+        q = (indexer.wq_b.weight.double() @ q_latent[t]).tolist()
+        queries.append([rotated(q[j * dim : (j + 1) * dim], t) for j in range(heads)])
+        k = indexer.wk.weight.double() @ h[t]
+        k = (k - k.mean()) / (((k - k.mean()) ** 2).mean() + 1e-6) ** 0.5
+        keys.append(rotated((k * indexer.k_norm.weight.double() + indexer.k_norm.bias.double()).tolist(), t))
+        weights.append((indexer.weights_proj.weight.double() @ h[t] / math.sqrt(heads)).tolist())
+    out = torch.zeros(len(h), len(h), dtype=torch.float64)
+    for t in range(len(h)):
+        for s in range(len(h)):
+            for j in range(heads):
+                dot = sum(a * b for a, b in zip(queries[t][j], keys[s], strict=True)) / math.sqrt(dim)
+                out[t, s] += weights[t][j] * max(dot, 0.0)
+    return out
+
+
+def test_index_scores_are_the_formula() -> None:
+    """I[t, s] = sum_j w[t, j] / sqrt(J) * ReLU(q[t, j] . k[s] / sqrt(d)), by each of the ways to compute it."""
+    indexer = model().layers[1].self_attn.indexer
+    generator = torch.Generator().manual_seed(3)
+    h, q_latent = torch.randn(11, 64, generator=generator), torch.randn(11, 32, generator=generator)
+    with torch.no_grad():
+        indexer.k_norm.weight.add_(0.3 * torch.randn(32, generator=generator))
+        indexer.k_norm.bias.add_(0.3 * torch.randn(32, generator=generator))
+        expected = scores_by_hand(indexer, q_latent, h, 1e4)
+    cos, sin = rope_tables(torch.arange(11), indexer.rope_dim, 1e4)
+    q, k, w = indexer.queries(q_latent, cos, sin), indexer.keys(h, cos, sin), indexer.head_weights(h)
+    found = [indexer.scores(q[None], k[None], w[None])[0], indexer.tiled_scores(q, k, w, Scratch())]
+    with torch.no_grad():
+        found.append(indexer.scores(q[None], k[None], w[None])[0])
+    everything = torch.arange(11, dtype=torch.int32).expand(1, 11, 11)
+    found.append(indexer.scores_at(q[None], k[None], w[None], everything)[0])
+    assert expected.abs().max() > 1 and (expected == 0).float().mean() < 0.5
+    for scores in found:
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_indexer_loss_reaches_the_indexer_only(kind: str) -> None:
     net = model()
@@ -350,6 +423,35 @@ def test_moe_equals_a_loop_over_tokens() -> None:
                 expected = expected + weight * (moe.experts.down_proj[expert] @ (F.silu(gate) * up))
             assert (y.flatten(0, 1)[m] - expected).abs().max() < 1e-4
     assert stats.load_E.sum() == 2 * 9 * 2
+
+
+def test_the_balance_loss_is_the_loop_over_sequences() -> None:
+    """Mean over sequences of sum_e f_e P_e in double, padding left out; a sequence that is all padding counts as 0."""
+    moe = model().layers[1].mlp
+    x = torch.randn(3, 9, 64, generator=torch.Generator().manual_seed(2))
+    lengths, (experts, k) = (9, 4, 0), (8, 2)
+    with torch.no_grad():
+        moe.gate.e_score_correction_bias.normal_(std=0.2)
+    expected, load = 0.0, [0] * experts
+    for row, length in zip(x.double(), lengths, strict=True):
+        hits, probability = [0] * experts, [0.0] * experts
+        for token in row[:length]:
+            s = (1 / (1 + (-(moe.gate.weight.double() @ token)).exp())).tolist()
+            by_choice = sorted(
+                range(experts), key=lambda e: -(s[e] + float(moe.gate.e_score_correction_bias[e]))
+            )
+            for e in by_choice[:k]:
+                hits[e], load[e] = hits[e] + 1, load[e] + 1
+            for e in range(experts):
+                probability[e] += s[e] / sum(s)
+        for e in range(experts):
+            f, p = experts * hits[e] / (k * max(length, 1)), probability[e] / max(length, 1)
+            expected += f * p / len(lengths)
+    _, stats = moe(x, torch.arange(9) < torch.tensor(lengths)[:, None])
+    assert stats.load_E.tolist() == load and sum(load) == k * sum(lengths)
+    assert stats.aux_loss.item() == pytest.approx(expected, rel=1e-5)
+    stats.aux_loss.backward()
+    assert moe.gate.weight.grad.abs().sum() > 0
 
 
 def test_router_bias_moves_against_the_load() -> None:

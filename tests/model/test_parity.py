@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hf_reference import reference_model, saved_reference, tiny_config
 from torch import Tensor
 from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
 
 import fullarc.model.indexer as indexer_module
 import fullarc.model.mla as mla_module
@@ -93,6 +94,7 @@ def test_a_shared_indexer_learns_from_all_layers_that_it_serves() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mla_module, "indexer_kl", watched)
         loss = model.trunk(ids, indexer_loss="dense").index_kl
+    seen = tuple(seen)  # of the forward pass: the backward pass computes them again
     indexer = model.layers[0].self_attn.indexer
     gradient = torch.autograd.grad(loss, list(indexer.parameters()), retain_graph=True)
     mean = sum(attention for _, attention, _ in seen) / 3  # heads are summed and rows normalised inside
@@ -178,14 +180,42 @@ def test_cached_decoding_of_transformers_agrees_with_our_full_forward(pair: tupl
         assert difference(torch.cat(steps, 1), ours(ids).logits[:, 40:]) < ATOL
 
 
-def test_transformers_loads_what_we_save(tmp_path: Path) -> None:
-    config = tiny_config()
+def test_eager_attention_agrees(pair: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sdpa: logits, and gradients of all that learns."""
+    _, ours, ids, folder = pair
+    eager = GlmMoeDsaForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    calls, attention = [], modeling_glm_moe_dsa.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_glm_moe_dsa, "eager_attention_forward", lambda *a, **k: calls.append(1) or attention(*a, **k)
+    )
+    eager.zero_grad(), ours.zero_grad()
+    logits = [model(ids).logits for model in (eager, ours)]
+    assert len(calls) == 4 and difference(*logits) < ATOL
+    for found in logits:
+        F.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    theirs = dict(eager.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if ".indexer." not in name:
+            other = theirs.get(f"model.{name}", theirs.get(name)).grad
+            assert difference(parameter.grad, other) < 1e-4 * max(other.abs().max().item(), 1e-3), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"indexer_types": ("full", "shared", "full", "shared")}, {"n_group": 4, "topk_group": 2}],
+    ids=["plain", "index_share", "groups"],
+)
+def test_transformers_loads_what_we_save(overrides: dict, tmp_path: Path) -> None:
+    config = tiny_config(**overrides)
     ours = GlmMoeDsa(config).init_weights(3)
     with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(4)
+        for name, value in ours.state_dict().items():
+            value.normal_(std=0.1) if name.endswith("e_score_correction_bias") else value.mul_(4)
     save_model(ours, tmp_path / "ours")
     theirs = GlmMoeDsaForCausalLM.from_pretrained(tmp_path / "ours").float().eval()
+    assert [layer.self_attn.indexer is not None for layer in theirs.model.layers] == [
+        config.has_indexer(layer) for layer in range(4)
+    ]
     ids = torch.randint(0, config.vocab_size, (2, 48))
     with torch.no_grad():
         assert difference(theirs(ids).logits, ours(ids).logits) < ATOL

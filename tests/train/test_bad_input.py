@@ -144,6 +144,8 @@ def test_a_bad_router_bias_shows_in_no_loss_and_stops_a_step_all_the_same(config
 @pytest.mark.parametrize("parallel, size, message", [
     ("fsdp2", 2, "1 micro-batches do not divide evenly over 2 ranks"),
     ("fsdp2+ep", 3, "4 experts cannot be divided evenly over 3 ranks"),
+    ("cp", 3, "Rows of 32 positions cannot be divided over 3 ranks"),
+    ("pp", 4, "A pipeline of 2 layers has at most 3 ranks, not 4"),
 ])  # fmt: skip
 def test_ranks_that_do_not_divide_leave_nothing(make_rows, tmp_path, parallel, size, message):
     import rank_jobs

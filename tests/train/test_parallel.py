@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import rank_jobs as jobs
 import torch
 from equality import assert_as_one
+from test_checkpoint import same_bits
 
 from fullarc.config.errors import FullarcError
 from fullarc.model import load_model
@@ -116,6 +118,23 @@ def test_a_phase_begun_by_two_ranks_and_ended_by_one_equals_one_process(make_row
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
     weights, moved = (load_model(tmp_path / name).state_dict() for name in ("alone", "moved"))
     assert all(np.allclose(moved[name], value, atol=2e-5) for name, value in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["zero1", "fsdp2", "fsdp2+ep"])
+def test_a_phase_goes_on_to_the_same_bits(make_rows, tmp_path, parallel):
+    """Weights, router biases and moments."""
+    job, rows = partial(jobs.phase, parallel=parallel), make_rows()
+    whole = launch(job, 2, rows, tmp_path / "whole")[0]
+    with pytest.raises(FullarcError, match="Enough"):
+        launch(job, 2, rows, tmp_path / "same", 3)
+    assert [p.name for p in (tmp_path / "same.steps").glob("step-*")] == ["step-00000002"]
+    metrics = launch(job, 2, rows, tmp_path / "same")[0]
+    assert all(metrics[name] == whole[name] for name in metrics.keys() - {"tokens_per_s"})
+    assert same_bits(tmp_path / "whole", tmp_path / "same")
+    shards = [dict(Shards(sorted((tmp_path / n / "trainer").glob("optimizer-*")))) for n in ("whole", "same")]
+    assert shards[0] and shards[0].keys() == shards[1].keys()
+    assert all(shards[1][name].equal(value) for name, value in shards[0].items())
 
 
 @pytest.mark.parametrize("size", SIZES)
