@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from live_bytes import peak_bytes
 
-from fullarc.train import LmLoss, Rows, evaluate, token_logprobs
-from fullarc.train.losses import cross_entropy_sum
+from fullarc.config.model import preset
+from fullarc.model import GlmMoeDsa, mla, visibility
+from fullarc.train import Batch, LmLoss, Rows, evaluate, token_logprobs
+from fullarc.train.losses import cross_entropy_sum, indexer_warmup_loss
 
 
 def inputs(n=23, d=8, v=37, dtype=torch.float64):
@@ -70,6 +72,57 @@ def test_peak_memory_falls_with_the_number_of_chunks(kind):
     logits = 4 * n * v
     assert peaks[0] > logits
     assert peaks[1] < peaks[0] / 2.5 and peaks[2] < peaks[1] / 1.5
+
+
+@pytest.mark.parametrize("kind", ["warm-up", "sparse"])
+def test_memory_of_an_indexer_that_learns_grows_with_the_length_and_not_with_its_square(kind):
+    """Forward and backward over one long document; a number for every pair and head would be more than all there is."""
+    loss = LmLoss(index_weight=1.0) if kind == "sparse" else indexer_warmup_loss
+    peaks = []
+    for length in (1024, 2048):
+        model = GlmMoeDsa(
+            preset("nano", vocab_size=64, max_position_embeddings=length, index_topk=32)
+        ).init_weights(1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kind == "sparse" or ".indexer." in name)
+        ids = torch.arange(length)[None] % 61
+        batch = Batch(ids, ids >= 0, torch.ones_like(ids), torch.zeros_like(ids), isolate=False)
+        peaks.append(peak_bytes(lambda model=model, batch=batch: loss(model, batch).total.backward()))
+        learnt = [
+            p.grad
+            for name, p in model.named_parameters()
+            if name.startswith("layers.") and ".indexer." in name
+        ]
+        assert all(grad.abs().sum() > 0 for grad in learnt)
+    assert peaks[1] < 2.6 * peaks[0]
+    assert peaks[1] < 4 * length * length * model.config.index_n_heads
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_warm_up_computed_again_has_the_gradients_of_one_that_is_kept(make_rows, isolate, monkeypatch):
+    """To the bit; layers that share an indexer's choice included."""
+    monkeypatch.setattr(visibility, "BLOCK", 8)
+    monkeypatch.setattr(visibility, "LONG_BLOCK", 8)
+    sizes = {"num_hidden_layers": 3, "indexer_types": ("full", "shared", "full"), "index_topk": 6}
+    model = GlmMoeDsa(preset("nano", vocab_size=64, max_position_embeddings=128, **sizes)).init_weights(1)
+    batch = Rows(make_rows(isolate=isolate), 3, 0).next()
+    asked = [parameter for name, parameter in model.named_parameters() if ".indexer." in name]
+    found, again, plain = [], [], mla.MLA._dense_kl
+
+    def counted(*arguments):
+        again.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(mla.MLA, "_dense_kl", counted)
+    for kept in (False, True):
+        if kept:
+            monkeypatch.setattr(mla, "checkpoint", lambda compute, *arguments, **_: compute(*arguments))
+        loss = indexer_warmup_loss(model, batch, mtp_steps=2).total
+        forward = len(again)
+        found.append([loss, *torch.autograd.grad(loss, asked)])
+        assert len(again) == (1 if kept else 2) * forward
+        again.clear()
+    assert all(map(torch.equal, *found)) and all(grad.abs().sum() > 0 for grad in found[0])
 
 
 def by_hand(model, batch, mtp_steps, mtp_rows):

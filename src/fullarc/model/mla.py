@@ -8,9 +8,12 @@ Invariant: a query attends to earlier-or-equal positions of its own document, an
 choice among them. Shape suffixes: see ops.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fullarc.config.model import ModelConfig
 from fullarc.model.gather import gathered_attention
@@ -125,13 +128,13 @@ class MLA(nn.Module):
                 continue
             q_BHtd, mine_BHSd = q_BHTd[:, :, chunk.part], chunk.of(keys, 2)
             scores_BtS, mask_BtS = self._choose(index, chunk)
-            if scores_BtS is not None and seen.indexer_loss != "off":
-                support = mask_BtS if seen.indexer_loss == "sparse" else chunk.allowed_BtS
-                if seen.valid_BT is not None:
-                    support = support & seen.valid_BT[:, chunk.part, None]
-                support = support.expand_as(scores_BtS)
-                attention = self._attention(q_BHtd, mine_BHSd, support)
-                chunk_kl, chunk_rows = indexer_kl(scores_BtS, attention, support)
+            if index is not None and index.learns:
+                if scores_BtS is None:
+                    chunk_kl, chunk_rows = checkpoint(
+                        self._dense_kl, q_BHTd, keys, index, chunk, seen, use_reentrant=False, preserve_rng_state=False
+                    )  # fmt: skip
+                else:
+                    chunk_kl, chunk_rows = self._kl(q_BHtd, mine_BHSd, scores_BtS, mask_BtS, chunk, seen)
                 kl, rows = kl + chunk_kl, rows + chunk_rows
             outs.append(
                 F.scaled_dot_product_attention(
@@ -157,19 +160,36 @@ class MLA(nn.Module):
             )
 
     def _choose(self, index: Index | None, chunk: Chunk) -> tuple[Tensor | None, Tensor]:
-        """Index scores [B, t, S] over the chunk's keys, if needed, and which of the allowed keys are taken."""
-        if index is None or not (chunk.sparse or index.learns):
+        """Index scores [B, t, S] over the chunk's keys, if it is sparse, and which of the allowed keys are taken."""
+        if index is None or not chunk.sparse:
             return None, chunk.allowed_BtS
         known = index.masks.get(chunk.part.start)
         scores = index.scores(chunk) if known is None or index.learns else None
-        if not chunk.sparse:
-            return scores, chunk.allowed_BtS
         if known is None:
             assert scores is not None
             known = select(scores.detach(), chunk.allowed_BtS.expand_as(scores), self.topk)
             if index.lends:
                 index.masks[chunk.part.start] = known
         return scores, known
+
+    def _dense_kl(
+        self, q_BHTd: Tensor, keys: Sequence[Tensor], index: Index, chunk: Chunk, seen: Visibility
+    ) -> tuple[Tensor, Tensor]:
+        """`_kl` of a chunk of the queries on all that they may see.
+
+        It is computed again in the backward pass: all chunks together would keep a number for every pair and head.
+        """
+        q_BHtd, mine_BHSd = q_BHTd[:, :, chunk.part], chunk.of(keys, 2)
+        return self._kl(q_BHtd, mine_BHSd, index.scores(chunk), chunk.allowed_BtS, chunk, seen)
+
+    def _kl(
+        self, q_BHtd: Tensor, k_BHSd: Tensor, scores_BtS: Tensor, support: Tensor, chunk: Chunk, seen: Visibility
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The indexer's KL on `support` [B or 1, t, S], summed over a chunk's queries, and how many these are."""
+        if seen.valid_BT is not None:
+            support = support & seen.valid_BT[:, chunk.part, None]
+        support = support.expand_as(scores_BtS)
+        return indexer_kl(scores_BtS, self._attention(q_BHtd, k_BHSd, support), support)
 
     # --- gathered form --------------------
 
