@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -151,6 +152,27 @@ async def test_engine_failures_are_typed(http: httpx.AsyncClient, engine: FakeEn
         engine.fail = [status]
         response = await http.post("/v1/chat/completions", json=HELLO)
         assert response.status_code == seen and response.json()["error"]["type"] == "engine_error"
+
+
+def test_a_full_queue_is_429_to_both_clients_streamed_or_not(
+    client: openai.OpenAI, engine: FakeEngine, say: Say
+) -> None:
+    engine.script = lambda prompt, params: say("</think>hello")
+    claude = anthropic.Anthropic(base_url=str(client.base_url)[:-3], auth_token="k", max_retries=0)
+    for stream in (False, True):
+        headers = {"X-Session-ID": "s"}
+        engine.fail = [429, 429]
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(**HELLO, stream=stream, extra_headers=headers)
+        assert caught.value.type == "rate_limit_error" and caught.value.code == "engine_busy"
+        assert caught.value.response.headers["retry-after"] == "7"
+        with pytest.raises(anthropic.RateLimitError) as refused:
+            claude.messages.create(**HELLO, max_tokens=9, stream=stream, extra_headers=headers)
+        assert refused.value.body["error"]["type"] == "rate_limit_error"  # type: ignore[index]
+        assert refused.value.response.headers["retry-after"] == "7"
+    # nothing of it is in the session
+    again = client.chat.completions.create(**HELLO, extra_headers=headers)
+    assert again.choices[0].message.content == "hello" and len(engine.prompts) == 1
 
 
 async def test_too_many_sessions_is_429(engine: FakeEngine, tok: Tokenizer) -> None:

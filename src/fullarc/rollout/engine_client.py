@@ -27,12 +27,12 @@ class EngineError(FullarcError):
     """The engine could not do what was asked.
 
     `kind`: "unreachable" (no connection), "timeout", "busy" (429: its queue is full), "rejected" (other 4xx: our
-    request), "failed" (5xx), "protocol" (an answer that is not SGLang's).
+    request), "failed" (5xx), "protocol" (an answer that is not SGLang's). `retry_after`: what a busy engine said of it.
     """
 
-    def __init__(self, kind: str, message: str, hint: str = "") -> None:
+    def __init__(self, kind: str, message: str, hint: str = "", retry_after: str = "") -> None:
         super().__init__(message, hint)
-        self.kind = kind
+        self.kind, self.retry_after = kind, retry_after
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ class EngineClient:
         try:
             async with self._http.stream("POST", "/generate", json=body, headers=headers) as response:
                 if response.status_code != 200:
-                    raise _status_error(self.url, response.status_code, await response.aread())
+                    await response.aread()
+                    raise _status_error(self.url, response)
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     yield _completion(json.loads(await response.aread()))
                     return
@@ -285,7 +286,7 @@ class EngineClient:
             except httpx.HTTPError as error:
                 raise _transport_error(self.url, error) from error
         if response.status_code != 200:
-            raise _status_error(self.url + path, response.status_code, response.content)
+            raise _status_error(self.url + path, response)
         try:
             return response.json()
         except ValueError as error:
@@ -302,10 +303,11 @@ def _transport_error(url: str, error: httpx.HTTPError) -> EngineError:
     )
 
 
-def _status_error(url: str, status: int, body: bytes) -> EngineError:
-    text = body.decode(errors="replace")[:300]
+def _status_error(url: str, response: httpx.Response) -> EngineError:
+    status, text = response.status_code, response.content.decode(errors="replace")[:300]
     kind = "busy" if status == 429 else "rejected" if status < 500 else "failed"
-    return EngineError(kind, f"{url} answered {status}: {text}")
+    retry_after = response.headers.get("retry-after", "")
+    return EngineError(kind, f"{url} answered {status}: {text}", retry_after=retry_after)
 
 
 def _version(value: object) -> int:

@@ -24,7 +24,7 @@ class FakeEngine:
     Attributes:
         prompts: every prompt served, in order.  version: the weight version.  paused: between pause and continue.
         delay: seconds before an answer, or a function of the prompt.  aborts: how many of the next requests end
-        after half of their tokens with finish "abort".  fail: status codes of the next answers.
+        after half of their tokens with finish "abort".  fail: status codes of the next answers (429 says to wait 7 s).
     """
 
     def __init__(self, script: Script, stop_ids: tuple[int, ...]) -> None:
@@ -83,7 +83,9 @@ class FakeEngine:
         prompts = prompts if batched else [prompts]
         await asyncio.sleep(max(self.delay(prompt) for prompt in prompts))
         if self.fail:
-            return JSONResponse({"error": "told to fail"}, self.fail.pop(0))
+            status = self.fail.pop(0)
+            headers = {"Retry-After": "7"} if status == 429 else {}
+            return JSONResponse({"error": "told to fail"}, status, headers)
         if body.get("logprob_start_len") == 0:
             scores = [
                 [[None if i == 0 else self.logprob(p[:i], 0, t), t, None] for i, t in enumerate(p)]

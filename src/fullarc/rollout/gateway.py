@@ -9,8 +9,8 @@ and weight versions for training. Without the header the request stands alone an
 
 With `passes` the engine's other routes are served too (`passing`), and with "all" also chats that stand alone are the
 engine's: our own engine does more of both dialects than is recorded here, such as stop strings and forced tools.
-Without an API key only loopback clients are answered. A bad request is a 4xx with the error object of its dialect; 5xx
-means that the engine failed.
+Without an API key only loopback clients are answered. A bad request is a 4xx with the error object of its dialect, an
+engine whose queue is full a 429, streamed or not; 5xx means that the engine failed.
 """
 
 import hmac
@@ -19,6 +19,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from starlette.applications import Starlette
@@ -44,7 +45,7 @@ from fullarc.rollout.wire import ChatRequest, Reply
 
 SESSION_HEADER = "X-Session-ID"
 MAX_BODY = 16 << 20
-_STATUS = {"unreachable": 503, "busy": 503, "timeout": 504, "rejected": 400, "failed": 502, "protocol": 502}
+_STATUS = {"unreachable": 503, "busy": 429, "timeout": 504, "rejected": 400, "failed": 502, "protocol": 502}
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,15 @@ class Gateway:
         node = session.open(plan, request.tools)
         number = next(self._numbers)
         name = f"{dialect.prefix}{number}"
+        record = partial(self._record, request, session, session_id, node, number)
         if request.stream:
             stream = dialect.stream(self.tok, request, plan, name, self.model)
-            chunks = self._stream(stream, request, plan, session, session_id, node, number)
+            sampling = self._sampling(request, plan, 0)
+            grown = self.engine.stream(plan.prompt_ids, sampling, session_id)
+            first = await anext(grown, Completion([], [], [], "abort"))  # a refusal is a status and no event
+            chunks = self._stream(stream, plan, sampling, session_id, _all(first, grown), record)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        completions = await self._sample(request, plan, session_id)
-        replies = [self._record(request, session, session_id, node, number, c) for c in completions]
+        replies = [record(done) for done in await self._sample(request, plan, session_id)]
         return _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
 
     async def _count(self, http: Request) -> ASGIApp:
@@ -215,18 +219,15 @@ class Gateway:
     async def _stream(
         self,
         stream: Stream | messages.MessageStream,
-        request: ChatRequest,
         plan: Plan,
-        session: Session,
+        sampling: Sampling,
         session_id: str | None,
-        node: int,
-        number: int,
+        grown: AsyncIterator[Completion],
+        record: Callable[[Completion], Reply],
     ) -> AsyncIterator[bytes]:
         yield stream.start()
-        sampling = self._sampling(request, plan, 0)
-        done = Completion([], [], [], "abort")
         try:
-            async for done in self.engine.stream(plan.prompt_ids, sampling, session_id):
+            async for done in grown:
                 if not done.finish:
                     for chunk in stream.grow(done):
                         yield chunk
@@ -234,8 +235,7 @@ class Gateway:
         except EngineError as error:
             yield stream.error(str(error))
             return
-        reply = self._record(request, session, session_id, node, number, done)
-        for chunk in stream.end(reply):
+        for chunk in stream.end(record(done)):
             yield chunk
 
     async def _models(self, http: Request) -> Response:
@@ -279,6 +279,12 @@ class Gateway:
             model=self.model,
             meta={"forks": dict(session.forks)},
         )
+
+
+async def _all(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:
+    yield first
+    async for completion in rest:
+        yield completion
 
 
 class _Guard:
@@ -355,5 +361,9 @@ async def _bad_request(http: Request, error: BadRequest) -> Response:
 
 
 async def _engine_error(http: Request, error: EngineError) -> Response:
-    body = error_object(http.url.path, 500, str(error), code=f"engine_{error.kind}", kind="engine_error")
-    return _reply(body, _STATUS[error.kind])
+    kind = "rate_limit_error" if error.kind == "busy" else "engine_error"
+    body = error_object(http.url.path, 500, str(error), code=f"engine_{error.kind}", kind=kind)
+    reply = _reply(body, _STATUS[error.kind])
+    if error.retry_after:
+        reply.headers["Retry-After"] = error.retry_after
+    return reply
