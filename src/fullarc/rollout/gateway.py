@@ -44,6 +44,7 @@ from fullarc.rollout.trajectory import EpisodeKey, Outcome, Trajectory
 from fullarc.rollout.wire import ChatRequest, Reply
 
 SESSION_HEADER = "X-Session-ID"
+VERSION_HEADER = "X-Weight-Version"
 MAX_BODY = 16 << 20
 _STATUS = {"unreachable": 503, "busy": 429, "timeout": 504, "rejected": 400, "failed": 502, "protocol": 502}
 
@@ -162,9 +163,11 @@ class Gateway:
             grown = self.engine.stream(plan.prompt_ids, sampling, session_id)
             first = await anext(grown, Completion([], [], [], "abort"))  # a refusal is a status and no event
             chunks = self._stream(stream, plan, sampling, session_id, _all(first, grown), record)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            return StreamingResponse(chunks, headers=_versions(first), media_type="text/event-stream")
         replies = [record(done) for done in await self._sample(request, plan, session_id)]
-        return _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
+        reply = _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
+        reply.headers.update(_versions(replies[0].completion))
+        return reply
 
     async def _count(self, http: Request) -> ASGIApp:
         session_id = _session_id(http)
@@ -340,6 +343,11 @@ async def _json_body(http: Request) -> Any:
         return json.loads(b"".join(parts))
     except (ValueError, RecursionError):
         raise BadRequest("The body is not JSON.") from None
+
+
+def _versions(done: Completion) -> dict[str, str]:
+    """What the engine says too: the weights of the last token."""
+    return {VERSION_HEADER: str(done.versions[-1])} if done.versions else {}
 
 
 def _no_session(session_id: str) -> BadRequest:

@@ -21,6 +21,7 @@ from fullarc.chat.errors import OPEN_PATHS, error_object
 from fullarc.chat.openai import BadRequest, dump
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.fields import explain
+from fullarc.engine.api.service import version_header
 from fullarc.engine.request import QueueFullError
 
 T = TypeVar("T", bound=BaseModel)
@@ -79,11 +80,14 @@ def _param(error: ValidationError) -> str | None:
 def _answering(
     endpoint: Callable[[HttpRequest], Awaitable[Response]],
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
-    """Turn the errors that a client can act on into statuses."""
+    """Turn the errors that a client can act on into statuses, and say which weights were used."""
 
     async def answered(http: HttpRequest) -> Response:
         try:
-            return await endpoint(http)
+            reply = await endpoint(http)
+            if version := getattr(http.state, "weight_version", ""):
+                reply.headers.update(version_header(version))
+            return reply
         except BadRequest as error:
             return error_answer(http.url.path, error.status, str(error), error.body["error"]["param"])
         except QueueFullError as error:

@@ -4,6 +4,8 @@ The engine notes which answers have grown; behind each step one call wakes the e
 CROWD streams are told every TELL_S only, since writing an event costs the engine as much as sampling a token. A stream
 that falls behind (a client that reads slowly) finds several tokens when it looks again: nothing queues up for it.
 
+What was computed with weights says in `X-Weight-Version` which: those of the last token; streamed, those of the start.
+
 Invariants: every request of a `Watch` ends; a client that hangs up, or reads nothing for STALL_S, frees its slots.
 """
 
@@ -15,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -142,6 +145,7 @@ class Service:
         finally:
             gone.cancel()
             watch.cancel()
+        http.state.weight_version = requests[0].weight_version or self.scheduler.version
         return requests
 
     # --- the way back from the engine's thread ----------------------------------------------------------------
@@ -214,7 +218,8 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, watch: Watch, events: AsyncIterator[bytes]) -> None:
-        super().__init__(media_type=self.media_type, headers={"cache-control": "no-cache"})
+        told = {"cache-control": "no-cache"} | version_header(watch.service.scheduler.version)
+        super().__init__(media_type=self.media_type, headers=told)
         del self.headers["content-length"]
         self.watch, self.events = watch, events
         self._sending = 0.0  # since when a piece is being sent; 0 between two pieces
@@ -293,6 +298,11 @@ def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
         )
     for request in requests:
         scheduler.submit(request)
+
+
+def version_header(version: str) -> dict[str, str]:
+    """Which weights; a name may have any characters, a header may not."""
+    return {"X-Weight-Version": quote(version, errors="replace")}
 
 
 def framed(fields: dict[str, Any]) -> tuple[bytes, bytes]:

@@ -1,0 +1,80 @@
+"""Every answer that weights were used for says which: in a header, and where OpenAI's clients read it."""
+
+import json
+from urllib.parse import unquote
+
+import httpx
+import openai
+import pytest
+from bodies import HELLO, IDS
+from running import Running
+
+from fullarc.rollout.engine_client import EngineClient
+from fullarc.rollout.gateway import Gateway
+from fullarc.rollout.serve import serving
+
+NAMES = ("7", "späť\r\nx: 1")
+COMPUTING = {
+    "/generate": {"input_ids": IDS, "sampling_params": {"max_new_tokens": 2}},
+    "/inference/v1/generate": {"token_ids": IDS, "sampling_params": {"max_tokens": 2}},
+    "/v1/completions": {"prompt": "hello", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 2},
+    "/v1/score": {"query": "a", "items": ["b"], "label_token_ids": [1]},
+    "/v1/embeddings": {"input": "a"},
+    "/encode": {"input_ids": IDS},
+}
+
+
+@pytest.fixture
+def server(talking):
+    running = Running(talking[0])
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_computing_route_has_the_header_whole_and_streamed(server, http, name):
+    http.post("/update_weight_version", json={"new_version": name}).raise_for_status()
+    for path, body in COMPUTING.items():
+        for stream in (False, True):
+            answer = http.post(path, json=body | {"stream": stream})
+            assert answer.status_code == 200, (path, answer.text)
+            assert unquote(answer.headers["x-weight-version"]) == name, (path, stream)
+            assert "x" not in answer.headers
+    assert "x-weight-version" not in http.post("/tokenize", json={"prompt": "a"}).headers
+
+
+def test_a_stream_begins_with_the_old_version_and_its_chunks_tell_the_new_one(server, http):
+    server.slow_down(0.02)
+    body = {"messages": HELLO, "max_tokens": 40, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    told = []
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.headers["x-weight-version"] == "0"
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                told.append(chunk["metadata"]["weight_version"])
+                if len(told) == 3:
+                    http.post("/update_weight_version", json={"new_version": "1"}).raise_for_status()
+    assert told == sorted(told) and set(told) == {"0", "1"}
+    gpt = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    for reply in (
+        gpt.chat.completions.create(model="m", messages=HELLO, max_tokens=2),
+        gpt.completions.create(model="m", prompt="hello", max_tokens=2),
+    ):
+        assert reply.metadata["weight_version"] == "1"
+
+
+def test_the_gateway_hands_it_on_and_says_it_of_recorded_sessions(server, http, talking):
+    http.post("/update_weight_version", json={"new_version": "12"}).raise_for_status()
+    app = Gateway(EngineClient(server.url), talking[1], max_len=256, passes="all").app
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as web:
+        for headers in ({}, {"X-Session-ID": "s"}):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                for stream in (False, True):
+                    body = COMPUTING[path] | {"stream": stream}
+                    answer = web.post(path, json=body, headers=headers)
+                    assert answer.status_code == 200 and answer.headers["x-weight-version"] == "12", (
+                        answer.text
+                    )
