@@ -1,10 +1,14 @@
 """Speculative decoding changes when tokens come, and nothing else."""
 
+import json
 import math
 import random
+from collections import Counter, defaultdict
 
+import httpx
 import pytest
 import torch
+from running import Running
 
 from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine, SamplingParams
@@ -238,6 +242,58 @@ def test_the_statistics_are_those_of_what_is_seen(likely):
     assert (total.proposed, total.accepted) == tuple(sum(s[n] for s in seen.values()) for n in (0, 1))
     assert total.per_position(3) == [sum(sum(s[2][n:]) for s in seen.values()) for n in (1, 2, 3)]
     assert total.accept_length == 1 + total.accepted / total.verified > 1.5
+
+
+def test_the_statistics_over_http_are_those_of_what_is_seen(likely):
+    """`meta_info` of /generate, streamed and not, and /metrics, against drafts and tokens counted at each step."""
+    running = Running(likely, draft_steps=3)
+    scheduler, seen = running.engine.scheduler, defaultdict[str, list[tuple[int, int]]](list)
+    scheduler.drafter.always()
+    step = scheduler.step
+
+    def watched():
+        before = [(r, len(r.spec.drafts), len(r.output)) for r in scheduler.running.values() if r.spec.drafts]
+        step()
+        for r, drafts, start in before:
+            seen[r.rid].append((drafts, len(r.output) - start - 1))
+
+    scheduler.step = watched
+    try:
+        with httpx.Client(base_url=running.url, timeout=300, trust_env=False) as http:
+            params = {"max_new_tokens": 40, "temperature": 0.7, "sampling_seed": 3, "ignore_eos": True}
+            ask = {"sampling_params": params, "return_logprob": True}
+            metas = [
+                http.post("/generate", json=ask | {"input_ids": PROMPTS[0], "rid": "a"}).json()["meta_info"]
+            ]
+            with http.stream(
+                "POST", "/generate", json=ask | {"input_ids": PROMPTS[1], "stream": True}
+            ) as answer:
+                events = [line for line in answer.iter_lines() if line.startswith("data: {")]
+            metas.append(json.loads(events[-1][6:])["meta_info"])
+            lines = dict(
+                line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line[0] != "#"
+            )
+    finally:
+        running.stop()
+    for meta in metas:
+        runs = seen[meta["id"]]
+        proposed, accepted = (sum(column) for column in zip(*runs, strict=True))
+        assert meta["spec_verify_ct"] == len(runs) and meta["spec_accept_length"] == 40 / len(runs)
+        assert (meta["spec_draft_token_num"], meta["spec_accept_token_num"]) == (proposed, accepted)
+        assert (meta["spec_num_proposed_drafts"], meta["spec_num_correct_drafts"]) == (proposed, accepted)
+        assert meta["spec_accept_rate"] == accepted / proposed > 0.2
+        counts = Counter(right for _, right in runs)
+        assert meta["spec_correct_drafts_histogram"] == [counts[n] for n in range(5)]
+    runs = [run for meta in metas for run in seen[meta["id"]]]
+    proposed, accepted = (sum(column) for column in zip(*runs, strict=True))
+    assert int(lines["vllm:spec_decode_num_drafts_total"]) == len(runs)
+    assert int(lines["vllm:spec_decode_num_draft_tokens_total"]) == proposed
+    assert int(lines["vllm:spec_decode_num_accepted_tokens_total"]) == accepted
+    for place in range(4):
+        name = f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{place}"}}'
+        assert int(lines[name]) == sum(right > place for _, right in runs)
+    assert float(lines["sglang:spec_accept_rate"]) == accepted / proposed
+    assert float(lines["sglang:spec_accept_length"]) == 1 + accepted / len(runs)
 
 
 def test_the_pace_is_told_of_decoding_steps_alone(likely):
