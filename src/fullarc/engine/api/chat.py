@@ -66,6 +66,10 @@ class ChatBody(OpenAISampling, ExpertsBody, WhoseBody):
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     continue_final_message: Literal[False, None] = None
+    add_generation_prompt: Literal[True, None] = None
+    echo: Literal[False, None] = None
+    chat_template: None = None
+    documents: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
 
 

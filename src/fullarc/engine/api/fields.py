@@ -116,6 +116,11 @@ class OpenAISampling(BaseModel):
     watermarking: Literal[False, None] = None
     thinking_token_budget: None = None
     repetition_detection: None = None
+    structural_tag: None = None
+    stop_regex: Annotated[str, Field(max_length=0)] | Annotated[list[str], Field(max_length=0)] | None = None
+    custom_logit_processor: None = None
+    logits_processors: Annotated[list[Any], Field(max_length=0)] | None = None
+    truncate_prompt_tokens: None = None
     extra_args: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def native(self, default_max: int | None) -> SamplingBody:

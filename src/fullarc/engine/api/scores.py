@@ -41,6 +41,7 @@ class EmbeddingsBody(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
+    truncate_prompt_tokens: None = None
 
 
 class EncodeBody(BaseModel):

@@ -55,6 +55,10 @@ class DiskBody(UpdateBody):
 
     model_path: str = Field(max_length=4096)
     manifest_sha256: str | None = None
+    # refused unless neutral
+    load_format: Literal["auto", "safetensors", None] = None
+    is_async: Literal[False, None] = None
+    keep_pause: Literal[False, None] = None
 
 
 class TensorBody(UpdateBody):
