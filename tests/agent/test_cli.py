@@ -298,8 +298,8 @@ def test_serve_says_what_is_wrong_with_the_engines_options(
 
 
 @pytest.mark.slow
-def test_serve_starts_a_real_engine_and_reports_its_death(tmp_path: Path, tok: Tokenizer) -> None:
-    process, base = start(str(save(tmp_path, tok)))
+def test_serve_starts_two_real_engines_and_reports_the_death_of_one(tmp_path: Path, tok: Tokenizer) -> None:
+    process, base = start(str(save(tmp_path, tok)), "--engines", "2")
     client = openai.OpenAI(base_url=base, api_key="any", max_retries=0)
     ask: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
     whole = client.chat.completions.create(**ask, seed=3, extra_body={"return_token_ids": True}).choices[0]
@@ -308,9 +308,11 @@ def test_serve_starts_a_real_engine_and_reports_its_death(tmp_path: Path, tok: T
     )
     streamed = [t for c in chunks for t in getattr(c.choices[0], "token_ids", None) or []]
     assert streamed == whole.token_ids and len(streamed) > 0
+    workers = httpx.get(base.removesuffix("/v1") + "/workers", trust_env=False).json()["workers"]
+    assert [(worker["id"], worker["is_healthy"]) for worker in workers] == [("0", True), ("1", True)]
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
-    assert len(children) == 1
-    os.kill(int(children[0]), signal.SIGKILL)
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
     assert process.wait(20) == 3

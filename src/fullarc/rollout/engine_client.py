@@ -20,7 +20,7 @@ from fullarc.config.errors import FullarcError
 BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 MAX_RESUMES = 64
 POOLS = 32
-ROUTING_HEADER = "X-SMG-Routing-Key"
+ROUTING_HEADER, SESSION_HEADER = "X-SMG-Routing-Key", "X-Session-ID"
 
 
 class EngineError(FullarcError):
@@ -107,6 +107,7 @@ class EngineClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
+        self.engines: list[EngineClient] = [self]
         self.retries = retries
         timeout = httpx.Timeout(timeout_s, connect=5.0, pool=None)
         self._http = httpx.AsyncClient(
@@ -264,6 +265,14 @@ class EngineClient:
         """GET /model_info as a dict (weight_version, and whatever the engine tells)."""
         reply = await self._send("GET", "/model_info", None, None)
         return reply if isinstance(reply, dict) else {}
+
+    async def load(self) -> int:
+        """How many requests run and wait, by GET /get_load."""
+        ranks = await self._send("GET", "/get_load", None, None)
+        try:
+            return sum(int(rank["num_reqs"]) for rank in ranks)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError("protocol", f"{self.url}/get_load is not SGLang's: {error!r}.") from error
 
     async def _post(self, path: str, body: dict[str, Any], session: str | None = None) -> Any:
         return await self._send("POST", path, body, session)

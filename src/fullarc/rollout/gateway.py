@@ -7,10 +7,11 @@ and weight versions for training. Without the header the request stands alone an
     POST /v1/chat/completions   POST /v1/messages   POST /v1/messages/count_tokens   GET /v1/models   GET /health
     GET /sessions/{id}/trajectory   DELETE /sessions/{id}
 
-With `passes` the engine's other routes are served too (`passing`), and with "all" also chats that stand alone are the
-engine's: our own engine does more of both dialects than is recorded here, such as stop strings and forced tools.
-Without an API key only loopback clients are answered. A bad request is a 4xx with the error object of its dialect, an
-engine whose queue is full a 429, streamed or not; 5xx means that the engine failed.
+With `passes` the engine's other routes are served too (`passing`) and /workers lists the engines (`workers`), and with
+"all" also chats that stand alone are the engine's: our own engine does more of both dialects than is recorded here,
+such as stop strings and forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
+with the error object of its dialect, an engine whose queue is full a 429, streamed or not; 5xx means that the engine
+failed.
 """
 
 import hmac
@@ -36,14 +37,14 @@ from fullarc.chat.openai import BadRequest, dump
 from fullarc.chat.render import Tools
 from fullarc.config.seeds import derive
 from fullarc.rollout import messages, wire
-from fullarc.rollout.engine_client import Completion, EngineClient, EngineError, Sampling
+from fullarc.rollout.engine_client import SESSION_HEADER, Completion, EngineClient, EngineError, Sampling
 from fullarc.rollout.passing import Passing
 from fullarc.rollout.sessions import Plan, Session
 from fullarc.rollout.streaming import Stream
 from fullarc.rollout.trajectory import EpisodeKey, Outcome, Trajectory
 from fullarc.rollout.wire import ChatRequest, Reply
+from fullarc.rollout.workers import Workers
 
-SESSION_HEADER = "X-Session-ID"
 VERSION_HEADER = "X-Weight-Version"
 MAX_BODY = 16 << 20
 _STATUS = {"unreachable": 503, "busy": 429, "timeout": 504, "rejected": 400, "failed": 502, "protocol": 502}
@@ -124,7 +125,7 @@ class Gateway:
             Route("/sessions/{session}", self._delete, methods=["DELETE"]),
         ]
         if passing:
-            routes.append(Route("/{path:path}", passing))
+            routes += [*Workers(engine, model).routes(), Route("/{path:path}", passing)]
         handlers: dict[Any, Any] = {
             HTTPException: _http_error,
             BadRequest: _bad_request,

@@ -1,7 +1,8 @@
 """`fullarc serve`: a checkpoint behind the gateway, and the pieces to start one from Python.
 
-The engine is a child process on a free loopback port (it leaves when its parent does); the gateway runs here, records
-sessions and hands everything else on to the engine: its chat page, chats that stand alone, SGLang's and vLLM's routes.
+The engine is a child process on a free loopback port (it leaves when its parent does), or several share the requests
+(`replicas`); the gateway runs here, records sessions and hands everything else on: the chat page, chats that stand
+alone, SGLang's and vLLM's routes.
 Everything listens on loopback unless an API key is set.
 """
 
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -29,6 +31,7 @@ from fullarc.config.errors import FullarcError, UsageError
 from fullarc.config.files import is_complete
 from fullarc.rollout.engine_client import EngineClient
 from fullarc.rollout.gateway import Gateway
+from fullarc.rollout.replicas import Replicas
 
 START_S = 120.0
 STOP_S = 10.0
@@ -178,19 +181,24 @@ def serving(app: ASGIApp) -> Iterator[str]:
 @contextlib.contextmanager
 def local_gateway(
     model: Path,
-    engine: "EngineProcess | str | None" = None,
+    engines: Sequence[EngineProcess] | str | None = None,
     max_len: int = 0,
     api_key: str | None = None,
     passes: Literal["", "routes", "all"] = "",
 ) -> Iterator[Gateway]:
-    """A gateway for a checkpoint folder, before the engine at a URL or one started (and stopped) here."""
+    """A gateway for a checkpoint folder, before the engine at a URL or those that are started (and stopped) here."""
     tok = Tokenizer.load(model)
     max_len = max_len or context_length(model)
     name = model.parent.name if model.name == "checkpoint" else model.name
-    engine = engine or EngineProcess(model, max_len)
+    engines = engines or [EngineProcess(model, max_len)]
     with contextlib.ExitStack() as stack:
-        url = engine if isinstance(engine, str) else stack.enter_context(engine)
-        yield Gateway(EngineClient(url), tok, model=name, max_len=max_len, api_key=api_key, passes=passes)
+        if isinstance(engines, str):
+            urls = [engines]
+        else:
+            with ThreadPoolExecutor() as pool:  # all at once
+                urls = list(pool.map(stack.enter_context, engines))
+        client = EngineClient(urls[0]) if len(urls) == 1 else Replicas(urls)
+        yield Gateway(client, tok, model=name, max_len=max_len, api_key=api_key, passes=passes)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -215,7 +223,10 @@ def main(argv: Sequence[str]) -> int:
         "--max-len", type=int, default=0, help="tokens per sequence; default: what the model allows"
     )
     parser.add_argument("--engine", default="", metavar="URL", help="a running engine instead of our own")
-    own = parser.add_argument_group("of the engine that is started")
+    parser.add_argument(
+        "--engines", type=int, default=1, metavar="N", help="processes that share the requests, a core each"
+    )
+    own = parser.add_argument_group("of each engine that is started")
     for name, takes, says in ENGINE_OPTIONS:
         if takes:
             own.add_argument(name, metavar=takes, help=says)
@@ -225,6 +236,8 @@ def main(argv: Sequence[str]) -> int:
     options = _engine_options(args)
     if args.engine and options:
         raise UsageError(f"{options[0]} is for an engine that is started here.", "Leave out --engine.")
+    if args.engines < 1 or (args.engine and args.engines > 1):
+        raise UsageError("--engines is how many are started here, at least 1.", "Leave out --engine.")
     if args.host not in LOOPBACK and not args.api_key:
         raise UsageError(
             f"Refusing to listen on {args.host} without a key.", "Give --api-key, or use loopback."
@@ -232,13 +245,14 @@ def main(argv: Sequence[str]) -> int:
     model = resolve_model(args.model)
     listener = _listen(args.host, args.port)
     max_len = args.max_len or context_length(model)
-    engine = None if args.engine else EngineProcess(model, max_len, options=options)
-    passes: Literal["routes", "all"] = "all" if engine else "routes"  # others' engines may chat otherwise
-    print(f"Starting the engine for {model} …", file=sys.stderr)
-    with listener, local_gateway(model, engine or args.engine, max_len, args.api_key, passes) as gateway:
+    count = 0 if args.engine else args.engines
+    engines = [EngineProcess(model, max_len, options=options) for _ in range(count)]
+    passes: Literal["routes", "all"] = "all" if engines else "routes"  # others' engines may chat otherwise
+    print(f"Starting {'the engine' if count < 2 else f'{count} engines'} for {model} …", file=sys.stderr)
+    with listener, local_gateway(model, engines or args.engine, max_len, args.api_key, passes) as gateway:
         server = uvicorn.Server(uvicorn.Config(gateway.app, log_level="warning", lifespan="off"))
-        if engine:
-            threading.Thread(target=_stop_with, args=(engine, server), daemon=True).start()
+        if engines:
+            threading.Thread(target=_stop_with, args=(engines, server), daemon=True).start()
         host = f"[{args.host}]" if ":" in args.host else args.host
         at = f"http://{host}:{listener.getsockname()[1]}"
         print(
@@ -246,13 +260,14 @@ def main(argv: Sequence[str]) -> int:
             f"at {at}, and you at {at}/ in a browser. Stop it with Ctrl-C.",
             flush=True,
         )
-        if engine and (deterministic := engine.told.get("deterministic")):
+        if engines and (deterministic := engines[0].told.get("deterministic")):
             print(deterministic, flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down cleanly and passes the signal on
             server.run(sockets=[listener])
-        if engine and engine.dead():
-            raise FullarcError(f"The engine ended: {engine.words() or 'it said nothing'}", "Start again.")
+        for engine in engines:
+            if engine.dead():
+                raise FullarcError(f"The engine ended: {engine.words() or 'it said nothing'}", "Start again.")
     return 0
 
 
@@ -266,7 +281,7 @@ def _engine_options(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _stop_with(engine: EngineProcess, server: uvicorn.Server) -> None:
-    while not engine.dead():
+def _stop_with(engines: Sequence[EngineProcess], server: uvicorn.Server) -> None:
+    while not any(engine.dead() for engine in engines):
         time.sleep(0.5)
     server.should_exit = True
