@@ -27,6 +27,7 @@ _PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+LONG = 2**16  # characters
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -34,6 +35,14 @@ def _byte_of_char() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+def _ids(tok: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Ids of a text; of a long one by the call that lets other threads run meanwhile."""
+    text = _encodable(text)
+    if len(text) > LONG:
+        return list(tok.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+    return list(tok.encode(text, add_special_tokens=False).ids)
 
 
 def _encodable(text: str) -> str:
@@ -138,11 +147,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; names of special tokens in it are text like any other."""
-        return list(self._plain.encode(_encodable(text), add_special_tokens=False).ids)
+        return _ids(self._plain, text)
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of text in which the names of special tokens mean the tokens, as in a rendered chat template."""
-        return list(self._full.encode(_encodable(text), add_special_tokens=False).ids)
+        return _ids(self._full, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, faster."""

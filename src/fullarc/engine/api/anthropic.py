@@ -15,7 +15,7 @@ from fullarc.chat import render
 from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import EventStream, Service, Watch, event
 from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import Request
@@ -63,25 +63,39 @@ class Anthropic:
     async def count(self, http: HttpRequest) -> Response:
         """How many tokens a conversation has."""
         body = await read_body(http, CountBody)
-        ids = render(
+        return answer({"input_tokens": await aside(http, lambda: self._length(body))})
+
+    def _length(self, body: CountBody) -> int:
+        rendered = render(
             self.service.text,
             dialect.read_conversation(body.system, body.messages),
             dialect.read_tool_use(body.tools, body.tool_choice).tools,
             add_generation_prompt=True,
             thinking=dialect.read_thinking(body.thinking),
-        ).ids
-        return answer({"input_tokens": len(ids)})
+        )
+        return len(rendered.ids)
 
     async def messages(self, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
         body = await read_body(http, MessagesBody)
+        conversation = await aside(http, lambda: self._conversation(body))
+        assign(self.service, http, WhoseBody(model=body.model), conversation.requests)
+        if body.stream:
+            watch = await self.service.submit(conversation.requests, each_token=True)
+            return EventStream(watch, self._events(conversation, watch))
+        await self.service.answer(http, conversation.requests)
+        turn, request = conversation.read(0), conversation.requests[0]
+        content = {"content": dialect.content_blocks(turn.message)}
+        return answer(self._head(conversation) | content | _end(turn, request))
+
+    def _conversation(self, body: MessagesBody) -> Conversation:
         sampling = OpenAISampling.model_construct(
             max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
             stop=body.stop_sequences, seed=body.seed,
         )  # fmt: skip
         dialect.refuse_format(body.output_config)
         use = dialect.read_tool_use(body.tools, body.tool_choice)
-        conversation = Conversation(
+        return Conversation(
             self.service,
             dialect.read_conversation(body.system, body.messages),
             use.tools,
@@ -92,14 +106,6 @@ class Anthropic:
             forced=use.forced,
             several=use.several,
         )
-        assign(self.service, http, WhoseBody(model=body.model), conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        turn, request = conversation.read(0), conversation.requests[0]
-        content = {"content": dialect.content_blocks(turn.message)}
-        return answer(self._head(conversation) | content | _end(turn, request))
 
     def _head(self, conversation: Conversation) -> dict[str, Any]:
         usage = _usage(conversation.requests[0])

@@ -26,7 +26,7 @@ from fullarc.chat.special import END_THINK
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -180,6 +180,15 @@ class Chat:
     async def chat(self, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
         body = await read_body(http, ChatBody)
+        conversation = await aside(http, lambda: self._conversation(body))
+        assign(self.service, http, body, conversation.requests)
+        if body.stream:
+            watch = await self.service.submit(conversation.requests, each_token=True)
+            return EventStream(watch, self._events(body, conversation, watch))
+        await self.service.answer(http, conversation.requests)
+        return answer(self._whole(body, conversation))
+
+    def _conversation(self, body: ChatBody) -> Conversation:
         kwargs = body.chat_template_kwargs or {}
         messages = [] if body.input_ids is not None and not body.messages else read_messages(body.messages)
         tools = None if body.tool_choice == "none" else read_tools(body.tools)
@@ -188,18 +197,12 @@ class Chat:
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("'top_logprobs' needs 'logprobs'.", "top_logprobs")
         thinking = flag(kwargs, "enable_thinking", body.reasoning_effort != "none")
-        conversation = Conversation(
+        return Conversation(
             self.service, messages, tools, thinking, flag(kwargs, "clear_thinking", False),
             body.model_copy(update={"max_tokens": limit}), None, body.top_logprobs or 0, body.input_ids,
             collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None),
             forced, several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, dict),
         )  # fmt: skip
-        assign(self.service, http, body, conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(body, conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        return answer(self._whole(body, conversation))
 
     def _whole(self, body: ChatBody, conversation: Conversation) -> dict[str, Any]:
         requests = conversation.requests

@@ -14,7 +14,7 @@ from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
@@ -55,7 +55,7 @@ class Completions:
         wire = body.native(16)
         if body.best_of not in (None, wire.n):
             raise RequestError("best_of: only the value of n is supported.")
-        prompts = self._prompts(body.prompt)
+        prompts = await aside(http, lambda: self._prompts(body.prompt))
         if len(prompts) * wire.n > self.service.scheduler.max_queue:
             raise QueueFullError(f"{len(prompts) * wire.n} sequences do not fit the queue.")
         name = self.service.next_id("cmpl")

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.engine.api.fields import AskedIds, Ids, SamplingBody, build
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import QueueFullError, Request, RequestError
@@ -70,10 +70,7 @@ class Scores:
     async def score(self, http: HttpRequest) -> Response:
         """How likely are some tokens behind each item?"""
         body = await read_body(http, ScoreBody)
-        encode = self._encode
-        items = [body.items] if isinstance(body.items, str) else body.items
-        query = encode(body.query)
-        prompts = [encode(item) + query if body.item_first else query + encode(item) for item in items]
+        prompts = await aside(http, lambda: self._pairs(body))
         wire = SamplingBody(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         name = self.service.next_id("score")
         if len(prompts) > self.service.scheduler.max_queue:
@@ -94,13 +91,20 @@ class Scores:
         return answer({"object": "scoring", "scores": rows, "model": self.service.name,
                        "usage": {"prompt_tokens": used, "total_tokens": used}})  # fmt: skip
 
+    def _pairs(self, body: ScoreBody) -> list[list[int]]:
+        encode = self._encode
+        items = [body.items] if isinstance(body.items, str) else body.items
+        query = encode(body.query)
+        return [encode(item) + query if body.item_first else query + encode(item) for item in items]
+
     def _encode(self, text: Any) -> list[int]:
         return self.service.encode(text) if isinstance(text, str) else list(text)
 
     async def embeddings(self, http: HttpRequest) -> Response:
         """Embed one or many texts or token lists."""
         body = await read_body(http, EmbeddingsBody)
-        requests = await self._embed(http, self._prompts(body.input), body.model)
+        prompts = await aside(http, lambda: self._prompts(body.input))
+        requests = await self._embed(http, prompts, body.model)
         data = []
         for index, request in enumerate(requests):
             vector: Any = request.hidden
@@ -117,6 +121,7 @@ class Scores:
         given: Any = body.text if body.text is not None else body.input_ids
         if given is None:
             raise RequestError("Give either input_ids or text.")
+        prompts = await aside(http, lambda: self._prompts(given))
         answers = [
             {
                 "embedding": request.hidden,
@@ -126,7 +131,7 @@ class Scores:
                     "weight_version": request.weight_version,
                 },
             }
-            for request in await self._embed(http, self._prompts(given))
+            for request in await self._embed(http, prompts)
         ]
         single = isinstance(given, str) or not isinstance(given[0], (list, str))
         return answer(answers[0] if single else answers)

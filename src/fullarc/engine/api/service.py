@@ -41,11 +41,10 @@ class SeedSource:
     """Seeds for requests that bring none: a counter, so a server's answers are a function of its history."""
 
     def __init__(self, start: int) -> None:
-        self.next = start
+        self._numbers = itertools.count(start + 1)
 
     def __call__(self) -> int:
-        self.next += 1
-        return self.next & MAX_SEED
+        return next(self._numbers) & MAX_SEED
 
 
 class Service:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
@@ -250,7 +250,7 @@ class Sglang:
     async def generate(self, http: HttpRequest) -> Response:
         """Sample from one or many prompts, or score them."""
         body = await read_body(http, GenerateBody)
-        plan = Plan(self.service, body)
+        plan = await aside(http, lambda: Plan(self.service, body))
         for request in plan.requests:
             request.session = session_of(http, body.routing_key)
         if body.stream:

@@ -19,7 +19,7 @@ from fullarc.chat.openai import BadRequest, read_messages, read_tools
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api import control
 from fullarc.engine.api.fields import Ids
-from fullarc.engine.api.guard import Endpoint, answer, error_answer, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, error_answer, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.scheduler import Scheduler
@@ -183,7 +183,11 @@ class Vllm:
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Text or messages to ids."""
-        body, tok = await read_body(http, TokenizeBody), self.service.text
+        body = await read_body(http, TokenizeBody)
+        return answer(await aside(http, lambda: self._tokens(body)))
+
+    def _tokens(self, body: TokenizeBody) -> dict[str, Any]:
+        tok = self.service.text
         if body.messages is not None:
             thinking = (body.chat_template_kwargs or {}).get("enable_thinking", True) is not False
             lists = [
@@ -199,8 +203,8 @@ class Vllm:
         tokens: Any = lists if isinstance(body.prompt, list) else lists[0]
         count: Any = [len(ids) for ids in lists] if isinstance(body.prompt, list) else len(lists[0])
         strings = [tok.decode([token]) for token in lists[0]] if body.return_token_strs and lists else None
-        return answer({"count": count, "max_model_len": self.service.scheduler.max_len, "tokens": tokens,
-                       "token_strs": strings})  # fmt: skip
+        return {"count": count, "max_model_len": self.service.scheduler.max_len, "tokens": tokens,
+                "token_strs": strings}  # fmt: skip
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """Ids to text."""
