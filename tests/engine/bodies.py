@@ -27,6 +27,10 @@ ANTHROPIC_TALK = [
     {"role": "assistant", "content": SAID},
     {"role": "user", "content": [RESULT, {"type": "text", "text": "b"}]},
 ]
+ITEMS = [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+         {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]},
+         {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"n": 1}'},
+         {"type": "function_call_output", "call_id": "c", "output": "1"}]  # fmt: skip
 # dialects that generate come first: a full queue must be a 429 in each
 GENERATE = [
     ("/generate", {"input_ids": IDS, "sampling_params": NATIVE, "return_logprob": True, "logprob_start_len": 0,
@@ -46,6 +50,9 @@ GENERATE = [
                                          "chat_template_kwargs": {"enable_thinking": True}, "tool_choice": "auto",
                                          "priority": -1, "cache_salt": "s",
                                          "parallel_tool_calls": False, "logit_bias": {}, "reasoning_effort": "low"}),
+    ("/v1/responses", {"input": ITEMS, "instructions": "s", "tools": [{"type": "function", "name": "f"}],
+                       "tool_choice": "auto", "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.9, "stream": False,
+                       "reasoning": {"effort": "low"}, "metadata": {"a": "b"}, "text": {"format": {"type": "text"}}}),
     ("/v1/messages", {"max_tokens": 3, "messages": ANTHROPIC_TALK, "system": "s", "thinking": {"type": "enabled"},
                       "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "tool", "name": "f"},
                       "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1,

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -12,6 +12,7 @@ import torch
 from fullarc.chat import Tokenizer
 from fullarc.chat.template import TOOLS_HEAD, TOOLS_TAIL
 from fullarc.config.model import ModelConfig
+from fullarc.engine import sampler
 from fullarc.model import GlmMoeDsa, save_model
 
 if TYPE_CHECKING:
@@ -124,6 +125,30 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
     model = GlmMoeDsa(ModelConfig(**shape, initializer_range=0.25)).init_weights(3).eval()
     save_model(model, folder / "talking", tokenizer_dir=folder / "tok")
     return folder / "talking", tok
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch, talking: tuple[Path, Tokenizer]) -> Callable[[int, str], int]:
+    """says(seed, text): requests with that seed sample exactly this text."""
+    tok, real = talking[1], sampler.sample
+    scripts: dict[int, list[int]] = {}
+    first: dict[int, int] = {}
+
+    def sample(logits: Any, params: Any, positions: Any, *rest: Any) -> Any:
+        tokens, logprobs = real(logits, params, positions, *rest)
+        for row, (p, position) in enumerate(zip(params, positions, strict=True)):
+            if p.seed in scripts:
+                tokens[row] = scripts[p.seed][position - first.setdefault(p.seed, position)]
+        return tokens, logprobs
+
+    monkeypatch.setattr(sampler, "sample", sample)
+
+    def say(seed: int, text: str) -> int:
+        scripts[seed] = tok.encode_raw(text)
+        first.pop(seed, None)
+        return seed
+
+    return say
 
 
 @pytest.fixture

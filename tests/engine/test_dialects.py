@@ -6,7 +6,7 @@ import pytest
 from running import Running
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.engine import Engine, sampler
+from fullarc.engine import Engine
 
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Run it.", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -29,28 +29,6 @@ def gpt(server):
 @pytest.fixture
 def claude(server):
     return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def says(monkeypatch, talking):
-    """says(seed, text): requests with that seed sample exactly this text."""
-    tok, scripts, first, real = talking[1], {}, {}, sampler.sample
-
-    def sample(logits, params, positions, *rest):
-        tokens, logprobs = real(logits, params, positions, *rest)
-        for row, (p, position) in enumerate(zip(params, positions, strict=True)):
-            if p.seed in scripts:
-                tokens[row] = scripts[p.seed][position - first.setdefault(p.seed, position)]
-        return tokens, logprobs
-
-    monkeypatch.setattr(sampler, "sample", sample)
-
-    def say(seed, text):
-        scripts[seed] = tok.encode_raw(text)
-        first.pop(seed, None)
-        return seed
-
-    return say
 
 
 def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):

@@ -20,6 +20,7 @@ COMPUTING = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 2},
     "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2},
     "/v1/messages": {"messages": HELLO, "max_tokens": 2},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 2},
     "/v1/score": {"query": "a", "items": ["b"], "label_token_ids": [1]},
     "/v1/embeddings": {"input": "a"},
     "/encode": {"input_ids": IDS},

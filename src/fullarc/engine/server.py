@@ -37,6 +37,7 @@ from fullarc.engine.api.lora import Loras
 from fullarc.engine.api.openai import Models
 from fullarc.engine.api.page import Page
 from fullarc.engine.api.parse import Parse
+from fullarc.engine.api.responses import Responses
 from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
@@ -66,7 +67,7 @@ class Server:
     ) -> None:
         self.service = Service(engine, model_path, seed=seed, experts=experts)
         updates = Updates(self.service)
-        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Anthropic, Parse, Page)
+        plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Responses, Anthropic, Parse, Page)
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
         beside = (kind(self.service, updates) for kind in (Upkeep, Loras, Vllm))
         dialects = [updates, self.transfer, *beside, *(kind(self.service) for kind in plain)]

@@ -9,7 +9,7 @@ sglang.py     /generate                          control.py   pause, abort, flus
 tito.py       vLLM's /inference/v1/generate      vllm.py      vLLM's names for control, and the tokenizer
 updates.py    weights while running              transfer.py  … by broadcast from a trainer
 upkeep.py     weight checks, sleep               scores.py    log-probs of labels, embeddings
-openai.py     what OpenAI's routes share         chat.py, completions.py   the routes
+openai.py     what OpenAI's routes share         chat.py, completions.py, responses.py   the routes
 anthropic.py  /v1/messages                       parse.py     texts to calls and thoughts
 metrics.py    Prometheus                         page.html    a chat page at /
 """
