@@ -23,7 +23,7 @@ from fullarc.config.machine import machine
 from fullarc.config.recipe import Recipe, Resolved
 from fullarc.config.runfolder import RESOLVED, RunFolder, digest
 from fullarc.config.show import to_toml
-from fullarc.config.stages import Distil
+from fullarc.config.stages import Distil, RLStage
 
 # step -> what is called, in order, each with the same StageContext; "module:function", imported when it is reached
 FUNCTIONS: dict[str, tuple[str, ...]] = {
@@ -98,6 +98,8 @@ def plan(recipe: Recipe) -> list[Step]:
     model: tuple[str, ...] = ()
     for name, stage in recipe.stages.items():
         settings = {key: value for key, value in dump["stages"][name].items() if key not in NOT_RESULT}
+        if isinstance(stage, RLStage):
+            settings["dtype"] = dump["engine"]["dtype"]
         chain = digest(chain, name, settings, dump["sandbox"] if stage.type in IN_SANDBOX else None)
         teachers = tuple(dict.fromkeys(stage.teachers.values())) if isinstance(stage, Distil) else ()
         steps.append(Step(name, stage.type, stage, chain, model + teachers))

@@ -107,6 +107,8 @@ def test_changed_settings_are_refused_and_from_redoes_them(tmp_path: Path) -> No
     for override in ("seed=5", 'tasks.families={general=["json"]}'):
         with pytest.raises(FullarcError, match="'data' was already run"):
             go(tmp_path, override)
+    with pytest.raises(FullarcError, match="'reasoning_rl' was already run with other settings"):
+        go(tmp_path, "engine.dtype=fp8")
     assert calls(folder) == IN_ORDER
     go(
         tmp_path, "stages.sft.threads=2", "stages.sft.save_every=1", "engine.threads=2"

@@ -75,6 +75,11 @@ def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
             ["stages.midtrain.seq_len = 4096"],
         ),
         (["engine.max_len=99"], ["exceeds engine.max_len = 99"]),
+        (["engine.dtype=fp16"], ["engine.dtype = 'fp16' (command line)", "'fp32', 'bf16' or 'fp8'"]),
+        (
+            ["engine.dtype=fp8", "engine.url=http://x"],
+            ["engine.dtype = 'fp8' (command line)", "engine.url names another (command line)"],
+        ),
         (
             ["stages.sft.qat_bits=4", "stages.sft.qat_group=48"],
             ["stages.sft.qat_group = 48 (command line)", "does not divide model.hidden_size = 128"],
@@ -142,7 +147,12 @@ def test_every_setting_says_what_it_means() -> None:
     for cls in (*STAGE_TYPES.values(), Data, EngineSettings, SandboxSettings, EvalSettings):
         for name, field in cls.model_fields.items():
             assert field.description or name == "type", f"{cls.__name__}.{name}"
-    assert describe_key("stages.sft.lr") and describe_key("seed") and not describe_key("stages.sft.nope")
+    assert (
+        describe_key("stages.sft.lr")
+        and describe_key("engine.dtype")
+        and describe_key("seed")
+        and not describe_key("stages.sft.nope")
+    )
 
 
 def test_minimal_recipes_are_short() -> None:

@@ -69,6 +69,18 @@ def test_bits_per_byte_against_the_model_itself(checkpoint: Path, tok: Tokenizer
     assert uniform == pytest.approx((len(ids) - 1) * math.log2(tok.vocab_size) / len(text.encode()))
 
 
+def test_an_evaluation_computes_in_the_precision_that_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    found = {}
+    for dtype in ("fp32", "fp8"):
+        asked = SMALL.model_copy(update={"dtype": dtype, "needle_lengths": [], "episodes": 0, "problems": 0})
+        job = stage.Job(
+            dtype, checkpoint, asked, SandboxSettings(), stage.heldout_of(checkpoint), chats=False
+        )
+        found[dtype] = stage.evaluate(job, tmp_path / dtype).scores
+    assert found["fp32"]["bpb_seen"].value != found["fp8"]["bpb_seen"].value
+    assert found["fp32"]["mtp_accept"] == found["fp8"]["mtp_accept"]
+
+
 def test_bits_per_byte_counts_only_the_bytes_it_read(tok: Tokenizer, engine: Engine) -> None:
     """Cutting a document must cut its bytes too, also inside a character of several bytes."""
     text = "数据 and 苹果 " * 30

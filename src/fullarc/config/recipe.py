@@ -307,6 +307,12 @@ def _check(recipe: Recipe, layers: _Layers) -> None:
             f"model.qk_nope_head_dim + qk_rope_head_dim = {net.qk_nope_head_dim} + {net.qk_rope_head_dim} must equal "
             f"model.v_head_dim = {net.v_head_dim}: PyTorch's fast attention needs equal widths.",
         )
+    if recipe.engine.url and recipe.engine.dtype != EngineSettings().dtype:
+        raise FullarcError(
+            f"engine.dtype = '{recipe.engine.dtype}' ({layers.origin('engine.dtype')}) is for our own engine, but "
+            f"engine.url names another ({layers.origin('engine.url')}).",
+            "Start that one in this precision, or leave engine.url empty.",
+        )
     positions = recipe.model.max_position_embeddings
     limits: list[tuple[str, int]] = [
         ("model.index_topk", recipe.model.index_topk),

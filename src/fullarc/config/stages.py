@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 ALTERNATIVES = "Share of the demonstrations that show a task's other way, where it has one."
 
 Parallel = Literal["zero1", "fsdp2", "fsdp2+ep", "cp", "pp"]
+EngineDtype = Literal["fp32", "bf16", "fp8"]
 PIPELINE_FILL = 4
 """Default micro-batches for each stage of a pipeline, which then idles at most a fifth of the time."""
 
@@ -379,6 +380,11 @@ class EngineSettings(Settings):
     max_batch: int = Field(64, ge=1, description="Sequences decoded together.")
     max_len: int = Field(2048, ge=8, description="Tokens per sequence, prompt included.")
     threads: int = Field(1, ge=1, description="CPU threads of the engine process.")
+    dtype: EngineDtype = Field(
+        "fp32",
+        description="What our own engine samples in during RL; fp8 is emulated. The trainer corrects for the "
+        "difference (rho) and logs it. Evaluations have their own (eval.dtype).",
+    )
 
 
 class SandboxSettings(Settings):
@@ -407,3 +413,6 @@ class EvalSettings(Settings):
     max_new_tokens: int = Field(256, ge=1, description="Tokens sampled per assistant turn.")
     max_turns: int = Field(8, ge=1, description="Assistant turns per agent episode.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 = greedy.")
+    dtype: EngineDtype = Field(
+        "fp32", description="What the engine computes in; fp8 is emulated. Drafts are counted in fp32."
+    )

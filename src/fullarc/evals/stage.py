@@ -97,7 +97,7 @@ def evaluate(job: Job, out: Path) -> Scores:
     tok = Tokenizer.load(job.model_dir)
     with _threads(1):
         longest = max(MAX_LEN, *(length + SPARE for length in job.settings.needle_lengths), 0)
-        engine = Engine(job.model_dir, max_len=longest)
+        engine = Engine(job.model_dir, max_len=longest, dtype=job.settings.dtype)
         with _timed(scores, "language"):
             texts = _language(job, engine, tok, scores)
         with _timed(scores, "needles"):

@@ -108,10 +108,11 @@ def worker_job(ctx: StageContext, families: dict[str, float]) -> WorkerJob:
 
 
 def engine_command(ctx: StageContext) -> list[str]:
-    """Our own engine server: the stage's first weights, a free port, bounds."""
+    """Our own engine server: the stage's first weights, a free port, bounds, a precision."""
     e = ctx.recipe.engine
     return [
         sys.executable, "-m", "fullarc.engine.server",
         "--model", str(Path(ctx.model_in or "").absolute()), "--port", "0",
         "--max-batch", str(e.max_batch), "--max-len", str(ctx.stage.max_len), "--threads", str(e.threads),
+        "--dtype", e.dtype,
     ]  # fmt: skip
