@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fullarc import quantize
 from fullarc.chat import Tokenizer
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import preset
@@ -67,6 +68,36 @@ def test_a_model_loses_nothing_to_itself_and_something_to_fewer_bits(folder, tmp
         quantize_checkpoint(folder, tmp_path / str(bits), plan_of(bits), True)
         losses.append(compared(Engine(tmp_path / str(bits), 1, 32, prefix_tokens=0), windows, reference).kl)
     assert 0 < losses[0] < losses[1]
+
+
+def test_schemes_and_precisions_are_each_measured_as_what_they_are(folder, tmp_path, monkeypatch):
+    """W4A16 against what `fullarc quantize` writes, FP8 and bf16 against engines that compute in them."""
+    windows, asked = prompts(2, 20, VOCAB), []
+    names = ("bf16", "FP8, emulated", "W4A16", "W4A8")
+    monkeypatch.setattr(bench_quantize, "OURS", {name: bench_quantize.OURS[name] for name in names})
+    monkeypatch.setattr(bench_quantize, "held_out", lambda checkpoint: windows)
+    monkeypatch.setattr(bench_quantize, "_success", lambda of, _, dtype: asked.append((of.name, dtype)) or {})
+    chosen = SimpleNamespace(checkpoint=folder, peers=None, success=True)
+    told = {one["name"]: one["value"] for one in bench_quantize.measure(chosen)["claims"]}
+    assert quantize.main([str(folder), str(tmp_path / "w4a16"), "--scheme", "w4a16"]) == 0
+    reference = [logprobs(Engine(folder, 1, 32, prefix_tokens=0), ids) for ids in windows]
+    by_hand = {
+        "bf16": (folder, "bf16"),
+        "FP8, emulated": (folder, "fp8"),
+        "W4A16": (tmp_path / "w4a16", "fp32"),
+    }
+    for name, (path, dtype) in by_hand.items():
+        lost = compared(Engine(path, 1, 32, prefix_tokens=0, dtype=dtype), windows, reference)
+        kept = lost.kl * 1e3, 100 * lost.perplexity, 100 * lost.same
+        of = [told[f"{name}: {key}"] for key in ("KL from fp32", "perplexity", "same first choice")]
+        assert of == [round(value, 3) for value in kept] and lost.kl > 0
+    assert asked == [
+        (folder.name, "fp32"),
+        (folder.name, "bf16"),
+        (folder.name, "fp8"),
+        ("W4A16", "fp32"),
+        ("W4A8", "fp32"),
+    ]
 
 
 @pytest.mark.parametrize("left_alone", ["", "model.layers.0.mlp."])

@@ -5,10 +5,11 @@
     first choice    share of tokens at which both find the same token likeliest
     success         (`--success`) the share of agent tasks, problems and instructions that are done, greedily
 
-All are computed by our engine, so what differs is only the integers and scales. W4A8 is 4 bits for experts, 8 for
-attention and dense layers, 8-bit inputs by token, one scale a row. The others (`--peers FOLDER`, their environment) get
-exactly this scheme: llm-compressor's rounding to nearest and GPTQ, and auto-round; what they are calibrated on are rows
-that the model was trained on. What auto-round leaves alone (the first, dense layer) is rounded to nearest.
+All are computed by our engine, so what differs is only the integers and scales, or what the engine computes in (bf16,
+emulated FP8). W4A16 is 4 bits for experts, one scale for 32 weights, inputs as they are. W4A8 is 4 bits for experts, 8
+for attention and dense layers, 8-bit inputs by token, one scale a row. The others (`--peers FOLDER`, their environment)
+get exactly this last scheme: llm-compressor's rounding to nearest and GPTQ, and auto-round; what they are calibrated on
+are rows that the model was trained on. What auto-round leaves alone (the first, dense layer) is rounded to nearest.
 """
 
 import argparse
@@ -44,16 +45,51 @@ from fullarc.model.quant import quantize, quantize_best
 
 TOKENS, WINDOW = 16_384, 256  # held-out text, in windows that know nothing of each other
 ROWS, ROW = 128, 256  # what the others are calibrated on
+
+
+@dataclass(frozen=True)
+class How:
+    """A model of ours.
+
+    Attributes:
+        plan: what is quantised; None: nothing.
+        search: for scales of least squared error.
+        turn: rotate outliers away first.
+        dtype: what the engine computes in.
+    """
+
+    plan: Plan | None = None
+    search: bool = False
+    turn: bool = False
+    dtype: str = "fp32"
+
+    def of(self, checkpoint: Path, out: Path) -> Path:
+        """The checkpoint so, written as `out` if need be."""
+        if self.plan is None:
+            return checkpoint
+        quantize_checkpoint(
+            checkpoint, out, self.plan, True, quantize_best if self.search else quantize, self.turn
+        )
+        return out
+
+
+def plan_of(bits: int) -> Plan:
+    """The scheme with so many bits for experts, and 8 for everything else that is multiplied."""
+    return {kind: QuantScheme(bits if kind == "experts" else 8, 0, True) for kind in KINDS}
+
+
 OURS = {
-    "bf16": None,
-    "W8A8": (8, False, False),
-    "W8A8, rotated": (8, False, True),
-    "W4A8": (4, False, False),
-    "W4A8, searched": (4, True, False),
-    "W4A8, rotated": (4, False, True),
-    "W4A8, searched and rotated": (4, True, True),
+    "bf16": How(dtype="bf16"),
+    "FP8, emulated": How(dtype="fp8"),
+    "W8A8": How(plan_of(8)),
+    "W8A8, rotated": How(plan_of(8), turn=True),
+    "W4A16": How({"experts": QuantScheme(4, 32)}),
+    "W4A16, searched": How({"experts": QuantScheme(4, 32)}, search=True),
+    "W4A8": How(plan_of(4)),
+    "W4A8, searched": How(plan_of(4), search=True),
+    "W4A8, rotated": How(plan_of(4), turn=True),
+    "W4A8, searched and rotated": How(plan_of(4), search=True, turn=True),
 }
-"""Bits of experts, whether scales are searched, whether outliers are rotated away; None: not quantised."""
 THEIRS = {
     "W4A8 by llm-compressor, to nearest": "rtn",
     "W4A8 by llm-compressor, GPTQ": "gptq",
@@ -79,35 +115,25 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"claims": _claims(chosen), "partial": not (chosen.peers and chosen.success)}
 
 
-def plan_of(bits: int) -> Plan:
-    """The scheme with so many bits for experts."""
-    return {kind: QuantScheme(bits if kind == "experts" else 8, 0, True) for kind in KINDS}
-
-
 def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     checkpoint: Path = chosen.checkpoint
     windows = held_out(checkpoint)
     reference = [logprobs(engine, ids) for engine in [_engine(checkpoint, "fp32")] for ids in windows]
-    asked = _success(checkpoint, checkpoint) if chosen.success else {}
+    asked = _success(checkpoint, checkpoint, "fp32") if chosen.success else {}
     yield from (_share(f"fp32: {name}", score, score) for name, score in asked.items())
     kl = dict[str, float]()
     with tempfile.TemporaryDirectory(prefix="fullarc-bench-") as root:
         for name in [*OURS, *(THEIRS if chosen.peers else ())]:
-            folder = Path(root) / name.replace(" ", "-")
+            folder, how = Path(root) / name.replace(" ", "-"), OURS.get(name, How())
             if name in THEIRS:
                 by_others(checkpoint, folder, THEIRS[name], chosen.peers)
-            elif (how := OURS[name]) is None:
-                folder = checkpoint
             else:
-                bits, search, turn = how
-                quantize_checkpoint(
-                    checkpoint, folder, plan_of(bits), True, quantize_best if search else quantize, turn
-                )
-            lost = compared(_engine(folder, "bf16" if folder == checkpoint else "fp32"), windows, reference)
+                folder = how.of(checkpoint, folder)
+            lost = compared(_engine(folder, how.dtype), windows, reference)
             kl[name] = lost.kl
             yield from _told(name, lost)
             if chosen.success:
-                now = _success(folder, checkpoint)
+                now = _success(folder, checkpoint, how.dtype)
                 yield from (_share(f"{name}: {key}", score, asked[key]) for key, score in now.items())
     ours = min(value for name, value in kl.items() if name.startswith("W4A8") and name not in THEIRS)
     best = "W4A8: smallest KL of ours against the smallest of the others"
@@ -192,10 +218,10 @@ def _told(name: str, lost: Lost) -> Iterator[dict[str, Any]]:
 # --- what is still done -----------------------------------------------------------------------------------------
 
 
-def _success(folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """Scores of the tasks of the run that `checkpoint` belongs to, by a model made of it."""
+def _success(folder: Path, checkpoint: Path, dtype: str) -> dict[str, Any]:
+    """Scores of the tasks of the run that `checkpoint` belongs to, by a model made of it, computed in `dtype`."""
     recipe = load_recipe(stage.run_of(checkpoint) / RESOLVED, []).recipe
-    settings = recipe.eval.model_copy(update=ASKED | {"needle_lengths": []})
+    settings = recipe.eval.model_copy(update=ASKED | {"needle_lengths": [], "dtype": dtype})
     job = stage.Job(
         folder.name,
         folder,
