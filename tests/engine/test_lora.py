@@ -83,7 +83,7 @@ def test_every_adapter_has_its_turn(checkpoints, tmp_path):
 
 
 def test_what_an_adapter_does_not_touch_is_shared(checkpoints, tmp_path):
-    made = engine(checkpoints["v0"], kernels="torch")
+    made = engine(checkpoints["v0"], kernels="torch", draft_steps=1)
     adapter(tmp_path / "a", stored(checkpoints["v0"]), r"model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight")
     made.load_adapter("a", tmp_path / "a")
     base, own = made.scheduler.weights, made.scheduler.adapters["a"].weights
@@ -94,7 +94,7 @@ def test_what_an_adapter_does_not_touch_is_shared(checkpoints, tmp_path):
 
 def test_what_an_adapter_does_not_touch_is_shared_in_c_too(checkpoints, tmp_path):
     """Each layer is a row of addresses: of the touched layer those of the FFN differ, and no others do."""
-    made = engine(checkpoints["v0"], kernels="native")
+    made = engine(checkpoints["v0"], kernels="native", draft_steps=1)
     adapter(tmp_path / "a", stored(checkpoints["v0"]), r"model\.layers\.1\.mlp\.experts\.0\.up_proj\.weight")
     made.load_adapter("a", tmp_path / "a")
     base, own = made.scheduler.weights.model, made.scheduler.adapters["a"].weights.model

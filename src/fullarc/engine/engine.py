@@ -23,7 +23,7 @@ from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.spill import MIB, SpillFile
-from fullarc.model import GlmMoeDsa, load_model
+from fullarc.model import GlmMoeDsa, load_config, load_model
 from fullarc.model.checkpoint import is_quantized, state_to_disk
 
 LARGEST_MB = 1e9
@@ -47,14 +47,20 @@ class Output:
 
 
 def load_weights(
-    folder: str | Path, version: str = "0", dtype: str = "fp32", kernels: str = "auto"
+    folder: str | Path, version: str = "0", dtype: str = "fp32", kernels: str = "auto", drafts: bool = True
 ) -> Weights:
     """Verified, fused weights of a checkpoint folder for computing in `dtype` (see `engine.products`) by `kernels`.
+
+    What is read: every file once for its hash, where the folder has a manifest; then the tensors in use, which are
+    memory-mapped, once to see that they are finite and once to be fused. Without `drafts` an MTP layer is not in use:
+    it is neither checked nor kept.
 
     Raises FullarcError naming what is wrong.
     """
     kernels = resolve(kernels, dtype)
-    model = load_model(folder)
+    # separate layers for each step draft nothing, and are never kept
+    idle = not drafts and load_config(Path(folder)).num_nextn_predict_layers == 1
+    model = load_model(folder, num_nextn_predict_layers=0) if idle else load_model(folder)
     check_finite(model, str(folder))
     return prepare(model, version, dtype, kernels)
 
@@ -122,7 +128,8 @@ class Engine:
             memory for; None = none.
         chunk_tokens: prompt tokens computed per step.
         dtype: "fp32", "bf16" (half the memory) or "fp8" (emulated); a quantised checkpoint's integers stay integers.
-        draft_steps: tokens that the MTP layer drafts ahead, at most; 0 = none. The output is the same.
+        draft_steps: tokens that the MTP layer drafts ahead, at most; 0 = none, and the layer takes no memory. The
+            output is the same.
         kernels: "native" (in C, compiled on first use), "torch", or "auto": native where there is a compiler.
         rejection: accept drafts by rejection sampling: more of them at temperatures above 0, and other tokens (of the
             same distribution) than without drafts.
@@ -154,7 +161,7 @@ class Engine:
         overlap: bool = False,
     ) -> None:
         self.folder = folder
-        weights = load_weights(folder, weight_version, dtype, kernels)
+        weights = load_weights(folder, weight_version, dtype, kernels, draft_steps > 0)
         longest = min(max_len, weights.config.max_position_embeddings)
         drafts = draft_steps > 0 and weights.has_mtp
         core = forward_pass(weights, max_batch, longest, drafts, threads)
@@ -221,7 +228,7 @@ class Engine:
     def update_weights(self, folder: str | Path, weight_version: str) -> None:
         """Replace the weights by those of `folder`; the engine is unchanged if that fails."""
         old = self.scheduler.weights
-        weights = load_weights(folder, weight_version, old.dtype, kernels_of(old))
+        weights = load_weights(folder, weight_version, old.dtype, kernels_of(old), old.has_mtp)
         same_shape(weights, old)
         adapters = self.scheduler.adapters_in_use
         tensors = stored_tensors(folder) if adapters else {}

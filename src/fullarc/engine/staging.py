@@ -1,7 +1,8 @@
 """New weights beside the running ones: verified, merged, fused, and only then handed to the scheduler.
 
 Tensors that come in parts (a stream of buckets) are merged into a copy of the last complete weights under their on-disk
-names; the copy is made when the first part comes. No tensor that the engine reads is ever written to: parts replace.
+names, an MTP layer included; the copy is made when the first part comes. No tensor that the engine reads is ever
+written to: parts replace. What the engine does not keep (an MTP layer, where nothing is drafted) is taken and ignored.
 
 Only safetensors is read. A pickle is refused by its first byte: unpickling runs the sender's code.
 """
@@ -37,6 +38,7 @@ class Staging:
 
     def __init__(self, folder: str, running: Weights) -> None:
         self.folder, self.dtype, self.kernels = folder, running.dtype, kernels_of(running)
+        self.drafts, self._mtp_layers = running.has_mtp, running.config.num_nextn_predict_layers
         self._tensors: dict[str, Tensor] | None = None
         self._next: tuple[str, dict[str, Tensor] | None] = folder, None
 
@@ -49,7 +51,7 @@ class Staging:
         try:
             if manifest_sha256 is not None:
                 _check_manifest(Path(folder) / MANIFEST, manifest_sha256)
-            weights = load_weights(folder, version, self.dtype, self.kernels)
+            weights = load_weights(folder, version, self.dtype, self.kernels, self.drafts)
         except OSError as error:
             raise FullarcError(
                 f"{folder[:200]} cannot be read: {error.strerror}.", "Is it a folder?"
@@ -74,8 +76,9 @@ class Staging:
                     f"{name} has shape {tuple(value.shape)}, the engine runs {tuple(old.shape)}."
                 )
             tensors[name] = value.to(old.dtype)
+        config = load_config(Path(self.folder))
         with torch.device("meta"):
-            model = GlmMoeDsa(load_config(Path(self.folder)))
+            model = GlmMoeDsa(config.model_copy(update={"num_nextn_predict_layers": self._mtp_layers}))
         fill_state(model, dict(tensors), Path("the update"))
         check_finite(model, "the update")
         weights = prepare(model.eval(), version, self.dtype, self.kernels)

@@ -191,7 +191,7 @@ def update(folder: Path) -> list[dict[str, Any]]:
     scheduler, gaps, usual = ours.engine.scheduler, list[float](), list[float]()
     with ThreadPoolExecutor(1) as pool:
         for number in range(REPEATS):
-            loading = pool.submit(load_weights, folder, str(number))
+            loading = pool.submit(load_weights, folder, str(number), drafts=False)
             times = [time.perf_counter()]
             while not loading.done():
                 scheduler.step()

@@ -155,7 +155,8 @@ def load_model(
     Args:
         folder: a Hugging Face `glm_moe_dsa` folder, ours or another's.
         dtype: of the weights in memory.
-        config_overrides: fields of the configuration to change, e.g. `index_topk`, none that changes a shape.
+        config_overrides: fields of the configuration to change, e.g. `index_topk`, none that changes a shape; with
+            `num_nextn_predict_layers=0` an MTP layer is left out, unread.
 
     Raises:
         FullarcError: naming the file or tensor that is missing, damaged, misshapen or not expected.
@@ -178,7 +179,10 @@ def load_model(
 
 def load_state(model: GlmMoeDsa, folder: Path) -> None:
     """Put the tensors of `folder` into `model` (which may be on the meta device). Strict; see `load_model`."""
-    tensors, scales = decompress(read_tensors(folder))
+    stored, mtp = read_tensors(folder), f"model.layers.{model.config.num_hidden_layers}."
+    if not model.config.num_nextn_predict_layers:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith(mtp)}
+    tensors, scales = decompress(stored)
     fill_state(model, tensors, folder)
     if scales:
         _set_scales(model, scales, folder)

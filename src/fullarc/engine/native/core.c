@@ -55,7 +55,7 @@ static int64_t room(const Model *m, int64_t rows, int64_t length, int threads, S
     TAKE(routed, pairs * hidden, float);
     TAKE(gates, pairs, float);
     TAKE(join, rows * 2 * hidden, float);
-    TAKE(chosen_keys, rows * m->topk, int32_t);
+    TAKE(chosen_keys, length > m->topk ? rows * m->topk : 0, int32_t); /* else every query sees all keys */
     TAKE(chosen_experts, pairs, int32_t);
     TAKE(order, pairs, int32_t);
     TAKE(starts, m->experts + 1, int32_t);
