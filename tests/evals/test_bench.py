@@ -89,6 +89,29 @@ def test_seconds_and_scores_are_never_a_regression(rerun, capsys):
     assert claims[SECONDS]["baseline"] == 1.0 and claims[SECONDS]["ok"] is None
 
 
+@pytest.mark.parametrize("name, value", [("cpu", "another"), ("cores", 99)])
+def test_a_baseline_of_another_machine_is_told_and_fails_nothing(rerun, capsys, monkeypatch, name, value):
+    rerun("--save")
+    path = bench.BASELINES / "hand.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"machine": kept["machine"] | {name: value}}))
+    capsys.readouterr()
+    assert rerun("--json", SPEED=0.5) == 0
+    told = capsys.readouterr()
+    found = {one["name"]: one for one in json.loads(told.out)["claims"]}[SPEED]
+    assert (found["baseline"], found["regression"], found["ok"]) == (3.0, False, True)
+    assert str(value) in told.err and str(value) in json.loads(told.out)["baseline_machine"]
+    assert rerun(SPEED=0.5) == 0
+    assert "another machine" in capsys.readouterr().out
+    told_one_by_one(monkeypatch, [claim(SPEED, 0.5, "x", "", True)])
+    assert bench.main(["hand", "--save"]) == 0
+    assert (
+        "baseline_machine" not in bench.stored("hand") and not bench.stored("hand")["claims"][0]["regression"]
+    )
+    path.write_text(json.dumps(kept | {"machine": kept["machine"] | {"memory_gb": 1, "torch": "0"}}))
+    assert rerun(SPEED=0.5) == 1, "other memory or torch compares"
+
+
 def test_a_missed_target_stays_missed_and_a_new_claim_is_not_compared():
     missed = [claim(SPEED, 3.0, "x", ">= 4", False), claim("new", 0.1, "x", "", None)]
     bench.compare(missed, measured(KEPT))

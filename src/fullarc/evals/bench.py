@@ -10,7 +10,8 @@ fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
 `--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
 turn fails when it is more than TOLERANCE worse than what was kept, whatever its target says. Seconds, bytes and scores
-never fail for that: they depend on the machine and on what else it does. An area that yields its claims tells each on
+never fail for that: they depend on the machine and on what else it does. Nor does anything where what was kept is of
+another machine (CPU model, cores): it is told, no more. An area that yields its claims tells each on
 stderr as it comes and saves it at once; a part of an area replaces its own claims in the file. A new area is an entry
 of AREAS.
 """
@@ -84,12 +85,15 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     area = arguments.area
     before, found = stored(area), _area(area).measure(arguments)
     whole = {"area": area, "machine": machine()} | found
+    if elsewhere := _elsewhere(before, whole["machine"]):
+        whole["baseline_machine"] = elsewhere
+        print(_told_elsewhere(elsewhere), file=sys.stderr, flush=True)
     if not isinstance(found["claims"], Iterator):
-        compare(found["claims"], before)
+        compare(found["claims"], before, not elsewhere)
         return whole
     result = whole | {"claims": []}
     for one in found["claims"]:
-        compare([one], before)
+        compare([one], before, not elsewhere)
         result["claims"].append(one)
         print(f"{_mark(one)}  {_named(one)}  {_value(one)}  {one['target']}", file=sys.stderr, flush=True)
         if arguments.save:
@@ -97,10 +101,22 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def compare(claims: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> None:
+def _elsewhere(before: dict[str, Any] | None, here: dict[str, Any]) -> str:
+    """The machine of a stored result, if its figures do not compare with those of `here`; "" if they do."""
+    there = (before or {}).get("machine") or here
+    same = all(there.get(name) == here[name] for name in ("cpu", "cores"))
+    return "" if same else f"{there.get('cpu')}, {there.get('cores')} cores"
+
+
+def _told_elsewhere(where: str) -> str:
+    return f"Baselines are of another machine ({where}): told, but nothing fails for being worse."
+
+
+def compare(claims: Sequence[dict[str, Any]], before: dict[str, Any] | None, comparable: bool = True) -> None:
     """Give every claim without a baseline of its own the stored value, and say which gated ones are a regression.
 
-    A regression is a value more than TOLERANCE worse than the stored one, or NaN; it fails the claim.
+    A regression is a value more than TOLERANCE worse than the stored one, or NaN; it fails the claim. Where what was
+    stored is not `comparable` there is none.
     """
     kept = {one["name"]: one["value"] for one in (before or {}).get("claims", ())}
     for one in claims:
@@ -108,7 +124,7 @@ def compare(claims: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> 
         if one["baseline"] is None:
             one["baseline"] = old
         one["regression"] = False
-        if one.get("gated") and old is not None and value is not None:
+        if comparable and one.get("gated") and old is not None and value is not None:
             lower = one.get("better") == "lower"
             holds = value <= old * (1 + TOLERANCE) if lower else value >= old * (1 - TOLERANCE)
             one["regression"] = not holds
@@ -130,7 +146,7 @@ def save(result: dict[str, Any], folder: Path = BASELINES) -> Path:
     A partial one replaces the claims that it measured, if the others come from the same machine.
     """
     path, before = folder / f"{result['area']}.json", stored(result["area"], folder)
-    kept = {key: value for key, value in result.items() if key != "partial"}
+    kept = {key: value for key, value in result.items() if key not in ("partial", "baseline_machine")}
     if result.get("partial") and before and before["machine"] == kept["machine"]:
         old = {one["name"]: one for one in before["claims"]}
         new = {
@@ -170,7 +186,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     host = result["machine"]
     where = f"{host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, torch {host['torch']}"
-    return "\n".join([f"{result['area']}: {AREAS[result['area']]}", f"on {where}", "", *lines])
+    about = [f"{result['area']}: {AREAS[result['area']]}", f"on {where}"]
+    if "baseline_machine" in result:
+        about.append(_told_elsewhere(result["baseline_machine"]))
+    return "\n".join([*about, "", *lines])
 
 
 def _parser(area: str) -> argparse.ArgumentParser:
