@@ -71,6 +71,27 @@ def test_every_case_is_claimed_against_every_side(folder, monkeypatch):
     assert claims[1]["detail"] == ["needs --peers"]
 
 
+def test_a_side_that_does_not_agree_is_not_timed(folder, tmp_path, monkeypatch):
+    class Wrong(Theirs):
+        def __init__(self, _):
+            super().__init__(made(tmp_path / "wrong", 1))
+
+        def prefill(self, batch):
+            raise AssertionError("it must not be timed")
+
+        start = decode = prefill
+
+    monkeypatch.setattr(bench_engine_peers, "Theirs", Wrong)
+    targets = {TRANSFORMERS: 1e-9, LLAMA: 2.0}
+    monkeypatch.setattr(bench_engine_peers, "CASES", (Case(2, 32, targets, targets),))
+    agreed, *claims = bench_engine_peers.against("tiny", folder, None)
+    assert agreed["ok"] is False
+    for against_transformers, against_llama in (claims[:2], claims[2:]):
+        assert (against_transformers["ok"], against_transformers["value"]) == (False, None)
+        assert against_transformers["detail"] == ["not timed: it does not compute what ours does"]
+        assert against_llama["ok"] is None
+
+
 def test_a_side_that_measures_itself_is_believed():
     calls = []
     taken = bench_engine.in_turn([lambda: calls.append(0), lambda: 7.0], 3, warm=False)

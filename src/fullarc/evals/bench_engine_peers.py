@@ -4,7 +4,8 @@
     llama.cpp      compiled for this machine, called through its C API; needs a folder for its environment (`--peers`)
 
 Sides are measured in turn in one run, medians of REPEATS; the claims are ratios, because seconds drift. Before it is
-timed each side has to give the log-probs that ours gives (AGREE), on prompts that sparse attention sees all of.
+timed each side has to give the log-probs that ours gives (AGREE), on prompts that sparse attention sees all of; one
+that does not is not timed, and its claims are missed.
 
 Against transformers both compute in fp32. Against llama.cpp each side has the precision that is the fastest for each
 kind of work, by a trial on this machine: ours fp32, bf16, or the same weights in 8 bits (with 8-bit inputs, as
@@ -225,19 +226,22 @@ class Theirs:
 
 def against(size: str, folder: Path, peers: Path | None) -> Iterator[dict[str, Any]]:
     """The claims of one size, as they are measured; `folder` is a `saved` model, beside which files may be put."""
-    ours = {TRANSFORMERS: folder}
-    theirs: dict[str, Side] = {TRANSFORMERS: (plain := Theirs(folder))}
-    yield _agreement(size, TRANSFORMERS, folder, plain)
+    ours, beside = {TRANSFORMERS: folder}, dict[str, Theirs | Llama]({TRANSFORMERS: Theirs(folder)})
+    theirs, absent = dict[str, Side](), dict[str, tuple[bool | None, str]]({LLAMA: (None, "needs --peers")})
     with ExitStack() as stack:
         if peers is not None:
             ours[LLAMA] = folder if size == "tiny" else saved(size, folder.parent, index_head_dim=64)
-            llama = stack.enter_context(Llama(ours[LLAMA], peers, folder.parent, STEPS))
-            yield _agreement(size, LLAMA, ours[LLAMA], llama)
-            theirs[LLAMA] = llama
+            beside[LLAMA] = stack.enter_context(Llama(ours[LLAMA], peers, folder.parent, STEPS))
+        for name, side in beside.items():
+            yield (agreed := _agreement(size, name, ours[name], side))
+            if agreed["ok"]:
+                theirs[name] = side
+            else:
+                absent[name] = False, "not timed: it does not compute what ours does"
         for case in CASES:
             for kind, targets in (("decode", case.decode), ("prefill", case.prefill)):
                 if targets is not None:
-                    yield from _beside(size, case, kind, targets, ours, theirs)
+                    yield from _beside(size, case, kind, targets, ours, theirs, absent)
 
 
 def _beside(
@@ -247,17 +251,18 @@ def _beside(
     targets: dict[str, float],
     ours: dict[str, Path],
     theirs: dict[str, Side],
+    absent: dict[str, tuple[bool | None, str]],
 ) -> Iterator[dict[str, Any]]:
-    """One kind of work of one case on all sides, in turn."""
+    """One kind of work of one case on all sides, in turn. `absent`: `ok` and the reason of those that are not timed."""
     batch = prompts(case.batch, case.context, load_config(ours[TRANSFORMERS]).vocab_size)
-    told, chosen = dict.fromkeys(theirs, ""), dict.fromkeys(ours, PRECISIONS[0])
+    told, chosen = dict.fromkeys(theirs, ""), dict.fromkeys(theirs, PRECISIONS[0])
     if isinstance(llama := theirs.get(LLAMA), Llama):
         variant = llama.fastest(kind, batch)
         llama.open(variant, case.batch, case.context)
         chosen[LLAMA] = fastest(ours[LLAMA], kind, case, batch)
         told[LLAMA] = f"; {chosen[LLAMA]} against {variant}"
         told[LLAMA] += "" if ours[LLAMA] == ours[TRANSFORMERS] else "; index heads of 64"
-    mine = {name: Ours(folder, case.batch, case.context, chosen[name]) for name, folder in ours.items()}
+    mine = {name: Ours(ours[name], case.batch, case.context, chosen[name]) for name in theirs}
     sides: list[Side] = [*mine.values(), *theirs.values()]
     if kind == "decode":
         for side in sides:
@@ -273,7 +278,8 @@ def _beside(
     for name, target in targets.items():
         about = f"{size}: {work} {case.context:,}: against {name}"
         if name not in theirs:
-            yield claim(about, None, "x", f">= {target:g}", None, "needs --peers")
+            ok, why = absent[name]
+            yield claim(about, None, "x", f">= {target:g}", ok, why)
             continue
         one, other = fast[name], slow[name]
         yield claim(about, other / one, "x", f">= {target:g}", other / one >= target,
