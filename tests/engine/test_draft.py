@@ -113,15 +113,18 @@ def test_drafts_are_those_of_the_training_layer(shaped):
         request = Request(f"{len(prompt)}", prompt, SamplingParams(max_new_tokens=9, temperature=0.0))
         made.scheduler.submit(request)
         made.scheduler.step()
-        seen = 0
+        seen = exact = 0
         while not request.finish and request.spec.drafts:
             with torch.no_grad():
                 full = torch.tensor([request.ids])
                 state = model.mtp(model.trunk(full).hidden_BTD, full, steps=1).hidden[0][0, -2]
-                assert request.spec.drafts == [int(model.lm_head(state).argmax())]
+                logits = model.lm_head(state)
+                exact += request.spec.drafts == [int(logits.argmax())]
+                # the native kernels draft with 8 bits of the output layer
+                assert logits[request.spec.drafts[0]] > logits.max() - 0.02 * (logits.max() - logits.min())
             seen += 1
             made.scheduler.step()
-        assert seen > 3
+        assert seen > 3 and exact >= 0.8 * seen
         while not made.scheduler.idle:
             made.scheduler.step()
 

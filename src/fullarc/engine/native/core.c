@@ -137,14 +137,14 @@ API void fullarc_logprobs(float *logits, int64_t ld, int rows, int vocab, const 
 
 /* What the MTP layer guesses for `count` sequences, up to wanted[i] tokens each: tokens [steps][count].
 
-   `states` [count, hidden'] are its states of the last known tokens, and are overwritten; the first guess of sequence i
+   The output layer is its copy in 8 bits. `states` [count, hidden'] are its states of the last known tokens, and are overwritten; the first guess of sequence i
    stands at positions[i]. Each guess is drawn at its temperature as the token at its place will be. A sequence's guesses end, with -1,
    before the product of the likeliest tokens' probabilities falls below e^least. `memory`: fullarc_room for `count` rows;
    `numbers`: (count + 2) * vocab' + 5 * count of them. */
 API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps, float *states, const int32_t *slots,
                        const int32_t *positions, const int32_t *wanted, const float *temperatures, const uint64_t *seeds, int vocab,
                        float least, int threads, char *memory, float *numbers, int32_t *tokens) {
-    int64_t hidden = WHOLE(m->hidden), width = m->head.part[0].outputs;
+    int64_t hidden = WHOLE(m->hidden), width = m->mtp_head.part[0].outputs;
     float *logits = numbers, *rows = logits + count * width, *sure = rows + 2 * width, unused, likeliest;
     int32_t *ids = (int32_t *)(sure + count), *slot = ids + count, *position = slot + count, *owner = position + count;
     int left = 0;
@@ -157,7 +157,7 @@ API void fullarc_draft(const Model *m, const Cache *cache, int count, int steps,
         Step s = {.rows = left};
         room(m, left, cache->tiles * TILE, threads, &s, memory);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-        product(&m->head, states, hidden, left, logits, width, &s);
+        product(&m->mtp_head, states, hidden, left, logits, width, &s);
         int kept = 0;
         for (int r = 0; r < left; r++) {
             int i = owner[r];

@@ -30,7 +30,7 @@ typedef struct {
     const float *embed, *norm, *cos, *sin; /* cos, sin: [position][rope / 2] */
     Product head;
     const float *mtp_enorm, *mtp_hnorm, *mtp_norm;
-    Product mtp_join;
+    Product mtp_join, mtp_head; /* head in 8 bits */
 } Model;
 
 /* A step: its rows, and memory for everything between input and output. */

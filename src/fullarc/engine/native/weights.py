@@ -74,7 +74,7 @@ class Model(ctypes.Structure):
         *((name, _FLOAT) for name in ("eps", "latent_eps", "routed_scale", "q_scale")),
         ("layer", ctypes.POINTER(Layer)), *((name, _POINTER) for name in ("embed", "norm", "cos", "sin")),
         ("head", Product), *((name, _POINTER) for name in ("mtp_enorm", "mtp_hnorm", "mtp_norm")),
-        ("mtp_join", Product),
+        ("mtp_join", Product), ("mtp_head", Product),
     )  # fmt: skip
 
 
@@ -269,6 +269,7 @@ def pack(model: GlmMoeDsa, version: str = "0", dtype: str = "fp32") -> NativeWei
     if mtp:
         out.mtp_enorm, out.mtp_hnorm, out.mtp_norm = map(made.vector, (mtp.enorm, mtp.hnorm, mtp.norm))
         out.mtp_join = made.product([_join(mtp.join, c.hidden_size)])
+        out.mtp_head = made.product([_rounded(model.lm_head.weight)])
     return NativeWeights(c, version, out, dtype, mtp is not None, [array, made])
 
 
@@ -286,6 +287,11 @@ def adapt(base: NativeWeights, model: GlmMoeDsa, attention: Set[int], ffn: Set[i
     out = Model.from_buffer_copy(base.model)
     out.layer = array
     return replace(base, model=out, kept=[array, made, *base.kept])
+
+
+def _rounded(weight: Tensor) -> Part:
+    """Rows in 8 bits, for drafts, which may be wrong."""
+    return Part(weight, weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127)
 
 
 def _join(part: Part, hidden: int) -> Part:
