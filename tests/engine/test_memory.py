@@ -11,6 +11,7 @@ import torch
 from adapters import adapter
 from safetensors.torch import save_file
 
+from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir
 from fullarc.config.model import ModelConfig
 from fullarc.engine import Engine
@@ -243,3 +244,12 @@ def test_prefill_by_torch_needs_memory_by_the_length(topk):
 
         peaks.append(peak_bytes(prefill))
     assert peaks[1] <= 2.1 * peaks[0]
+
+
+def test_weights_that_cannot_draft_are_refused_by_an_engine_that_does(tmp_path, kernels):
+    folder = saved(tmp_path / "two")
+    engine = Engine(folder, max_batch=1, max_len=64, draft_steps=2, kernels=kernels)
+    before = engine.generate([[1, 2, 3]], 4, temperature=0.0)[0].token_ids
+    with pytest.raises(FullarcError, match="no MTP layer"):
+        engine.scheduler.set_weights(load_weights(folder, "1", kernels=kernels, drafts=False))
+    assert engine.generate([[1, 2, 3]], 4, temperature=0.0)[0].token_ids == before

@@ -13,6 +13,7 @@ from kept import whole
 
 from fullarc.engine import Engine, SamplingParams
 from fullarc.engine.behind import Behind
+from fullarc.engine.engine import load_weights
 from fullarc.engine.prefix import BLOCK
 from fullarc.engine.request import Request
 from fullarc.engine.stops import StopStrings, StopWatch
@@ -128,7 +129,7 @@ def test_what_is_done_behind_a_step_changes_nothing(checkpoints, tmp_path, setti
     rng, sides = random.Random(seed), []
     for overlap in (False, True):
         made = engine(checkpoints["v0"], tmp_path, overlap, **SETTINGS[setting])
-        weights = [engine(checkpoints[v], tmp_path).scheduler.weights for v in ("v0", "v1")]
+        weights = [load_weights(checkpoints[v]) for v in ("v0", "v1")]
         sides.append(Side(made, weights))
     ours, looks = sides[1].scheduler, 0
     for _ in range(220):

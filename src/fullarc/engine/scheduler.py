@@ -153,9 +153,14 @@ class Scheduler:
     def set_weights(self, weights: Weights, adapted: Mapping[Adapter, Weights] | None = None) -> None:
         """Use other weights from the next step on. Running sequences keep the latents they have.
 
-        `adapted`: the same weights for every adapter in use. Raises FullarcError if one is missing.
+        `adapted`: the same weights for every adapter in use. Raises FullarcError if one is missing, or the MTP layer of
+        an engine that drafts.
         """
         self.settle()
+        if self.drafter and not weights.has_mtp:
+            raise FullarcError(
+                "The new weights have no MTP layer, and this engine drafts.", "Load them for drafts."
+            )
         missing = self.adapters_in_use.difference(adapted or {})
         if missing:
             raise FullarcError(
