@@ -206,6 +206,7 @@ def test_eager_attention_agrees(pair: tuple, monkeypatch: pytest.MonkeyPatch) ->
     ids=["plain", "index_share", "groups"],
 )
 def test_transformers_loads_what_we_save(overrides: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # a near tie of two keys, which one seed in six has, may fall otherwise
     config = tiny_config(**overrides)
     ours = GlmMoeDsa(config).init_weights(3)
     with torch.no_grad():
