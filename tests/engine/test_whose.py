@@ -206,3 +206,21 @@ def test_an_urgent_request_overtakes_over_http(talking):
             assert "vllm:num_preemptions_total 1" in made.get("/metrics").text
     finally:
         server.stop()
+
+
+def test_areal_brings_one_version_of_an_adapter_after_another(running, client, talking, tmp_path):
+    other = adapter(tmp_path / "b", stored(talking[0]), seed=5)
+    merged = saved(load_model(talking[0]), other, tmp_path / "merged")
+    for version, name in ((1, "a"), (2, "b")):
+        body = {
+            "lora_model_path": str(tmp_path / name),
+            "lora_name": f"demo-lora-v{version}",
+            "base_model_name": "base",
+        }
+        assert client.post("/areal_update_weights_lora", json=body).json()["success"]
+        assert list(running.engine.scheduler.adapters) == [f"demo-lora-v{version}"]
+    expected = Engine(merged).generate([IDS], 3, seeds=[1], stop_ids=())[0].logprobs
+    told = ask(client, "generate", lora_path="demo-lora-v2")
+    assert logprobs(told) == pytest.approx(expected, abs=1e-6)
+    answer = client.post("/areal_update_weights_lora", json=body | {"lora_model_path": "/nowhere"})
+    assert answer.status_code == 400 and list(running.engine.scheduler.adapters) == ["demo-lora-v2"]

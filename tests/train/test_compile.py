@@ -1,8 +1,10 @@
 """Compiled layers are the plain ones up to rounding, go on to the same bits, and need a compiler."""
 
+import shutil
 import sysconfig
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,13 @@ from fullarc.train import LmLoss, prepare, run_phase
 from fullarc.train.compile import compile_layers
 from fullarc.train.parallel import launch
 
+HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
+COMPILES = pytest.mark.skipif(
+    shutil.which("g++") is None or not HEADER.is_file(), reason="needs g++ and Python's header"
+)
 
+
+@COMPILES
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loss_and_gradients_are_those_of_the_plain_layers():
@@ -42,6 +50,7 @@ def test_loss_and_gradients_are_those_of_the_plain_layers():
             assert mine[name] is grad is None or (mine[name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
+@COMPILES
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_phase_goes_on_to_the_same_bits(make_rows, tmp_path):
@@ -57,6 +66,7 @@ def test_a_killed_phase_goes_on_to_the_same_bits(make_rows, tmp_path):
     assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in ours.items())
 
 
+@COMPILES
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("parallel", ["fsdp2", "cp"])

@@ -9,6 +9,8 @@ sglang.py     /generate                          control.py   pause, abort, flus
 tito.py       vLLM's /inference/v1/generate      vllm.py      vLLM's names for control, and the tokenizer
 updates.py    weights while running              transfer.py  … by broadcast from a trainer
 upkeep.py     weight checks, sleep               scores.py    log-probs of labels, embeddings
+pull.py       published weights come here        profile.py   where the engine's thread spends its time
+lora.py       adapters                           whose.py     priority, session, salt and adapter in everybody's words
 openai.py     what OpenAI's routes share         chat.py, completions.py, responses.py   the routes
 anthropic.py  /v1/messages                       parse.py     texts to calls and thoughts
 metrics.py    Prometheus                         page.html    a chat page at /

@@ -1,5 +1,7 @@
 """Adapters come and go while the engine runs: SGLang's and prime-rl's /load_lora_adapter, vLLM's /v1/load_lora_adapter.
 
+AReaL's /areal_update_weights_lora brings one version after another, of which the last stays.
+
 An adapter is read and merged beside the running engine, and known between two steps. A name that is loaded again gets
 the new weights for new requests, and those in flight end with what they began with; vLLM's route does so only with
 `load_inplace`, as vLLM's does. An unloaded name is unknown at once.
@@ -20,6 +22,7 @@ from fullarc.engine.api.updates import Updates
 from fullarc.engine.lora import Adapter, merge, read_adapter
 
 _NAME = re.compile(r"[^\s:]{1,200}")
+_VERSION = re.compile(r"-v\d+$")
 
 
 class LoadBody(BaseModel):
@@ -40,6 +43,16 @@ class UnloadBody(BaseModel):
     lora_name: str = Field(max_length=200)
 
 
+class ArealLoraBody(BaseModel):
+    """POST /areal_update_weights_lora."""
+
+    model_config = ConfigDict(extra="ignore")
+    lora_name: str = Field(max_length=200)
+    lora_model_path: str = Field(max_length=4096)
+    lora_int_id: int | None = None
+    base_model_name: str | None = Field(None, max_length=4096)
+
+
 class Loras:
     """The handlers."""
 
@@ -51,6 +64,7 @@ class Loras:
         return [
             Endpoint("/load_lora_adapter", self.load, body=LoadBody),
             Endpoint("/unload_lora_adapter", self.unload, body=UnloadBody),
+            Endpoint("/areal_update_weights_lora", self.areal_update, body=ArealLoraBody),
             Endpoint("/v1/load_lora_adapter", self.load_v1, body=LoadBody),
             Endpoint("/v1/unload_lora_adapter", self.unload_v1, body=UnloadBody),
         ]
@@ -85,6 +99,20 @@ class Loras:
         if await self._unload(body.lora_name):
             return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
         return error_answer(http.url.path, 404, f"No adapter {body.lora_name!r} is loaded.", "lora_name")
+
+    async def areal_update(self, http: HttpRequest) -> Response:
+        """Load an adapter NAME-vN; earlier versions of NAME are forgotten. Running requests end with what they have."""
+        body = await read_body(http, ArealLoraBody)
+        family = _VERSION.sub("", body.lora_name)
+        try:
+            await self._load(LoadBody(lora_name=body.lora_name, lora_path=body.lora_model_path))
+        except FullarcError as error:
+            return answer({"success": False, "message": str(error)}, 400)
+        await self.service.on_engine(lambda s: s.abort(None))
+        for name in self.service.scheduler.adapters.copy():
+            if name != body.lora_name and _VERSION.sub("", name) == family and _VERSION.search(name):
+                await self._unload(name)
+        return answer({"success": True, "message": f"The adapter {body.lora_name} is loaded."})
 
     async def _load(self, body: LoadBody, replace: bool = True) -> bool:
         """False if there is one of this name that may not be replaced."""
