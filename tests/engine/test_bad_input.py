@@ -75,6 +75,7 @@ def wake(server):
     server.server.service.worker.call(lambda s: (setattr(s, "paused", False), s.abort(None))).result(30)
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_request_makes_a_5xx(fuzzed, data):

@@ -172,6 +172,7 @@ print(json.dumps({"peak": peak() - before, "shards": shards}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is read from /proc")
 def test_a_large_checkpoint_is_mapped_and_the_idle_layer_is_not_read(tmp_path):
     tensors, shards = state_to_disk(GlmMoeDsa(ModelConfig(**LARGE)).init_weights(0)), {}

@@ -313,6 +313,7 @@ def test_a_trainer_that_breaks_off_leaves_the_old_weights(
     assert generate(http) == (fresh(checkpoints["v0"]), "0") and server.server.service.worker.healthy
 
 
+@pytest.mark.slow
 def test_groups_that_cannot_be_are_refused(http, monkeypatch, pool):
     monkeypatch.setattr(transfer.Group.__init__, "__defaults__", (None, 0.5))
     good = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 2,
