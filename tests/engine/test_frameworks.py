@@ -240,6 +240,7 @@ def test_slime_finds_external_engines_by_their_server_info(http):
     assert not info.get("encoder_only") and info["disaggregation_mode"] not in ("prefill", "decode")
 
 
+@pytest.mark.slow
 def test_memory_is_given_back_between_updates(http, server):
     """AReaL over SGLang and over vLLM, and slime: what ran ends, the engine waits, and goes on as it was."""
     s = server.engine.scheduler

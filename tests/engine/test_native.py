@@ -323,6 +323,7 @@ def test_processes_that_start_together_all_find_a_whole_library(anew):
     assert len(list((anew / "fullarc" / "native").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_no_hindrance(anew, monkeypatch):
     (anew / "fullarc").write_text("a file where the folder should be")
     assert library() is not None

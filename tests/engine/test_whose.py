@@ -149,6 +149,7 @@ def test_a_bad_load_is_a_400_in_one_sentence(client, tmp_path, path, fields):
     assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["talking"]
 
 
+@pytest.mark.slow
 def test_an_update_carries_the_adapters_and_those_who_run(server, http, checkpoints, tmp_path):
     """A request with an adapter runs on over the update; afterwards the adapter is that of the new weights."""
     adapter(tmp_path / "a", stored(checkpoints["v0"]))

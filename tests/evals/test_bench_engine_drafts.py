@@ -44,6 +44,7 @@ def test_each_family_is_asked_what_training_never_shows(checkpoint, monkeypatch)
         assert list(expected) in asked[kind]
 
 
+@pytest.mark.slow
 def test_accept_length_and_time_are_of_the_same_answers(checkpoint, monkeypatch):
     monkeypatch.setattr(bench, "QUESTIONS", 2)
     monkeypatch.setattr(bench, "NEW_TOKENS", 12)

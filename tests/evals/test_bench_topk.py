@@ -14,6 +14,7 @@ from fullarc.model.indexer import select
 PAGE = Path(__file__).parents[2] / "docs/topk.md"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_forward_and_decoding_agree_with_a_rule_for_ties_and_not_without(seed: int) -> None:
     model, ids = bench_topk.example(seed)
@@ -23,6 +24,7 @@ def test_forward_and_decoding_agree_with_a_rule_for_ties_and_not_without(seed: i
     assert apart > 0.1 and agree < 0.5
 
 
+@pytest.mark.slow
 def test_both_are_the_trainer_and_the_engine(tmp_path: Path) -> None:
     """The page's two ways against the code that trains and the code that serves."""
     model, ids = bench_topk.example()
@@ -43,6 +45,7 @@ def test_the_choice_of_torch_is_the_same_but_for_ties() -> None:
         assert torch.equal(bench_topk.by_torch(scores, allowed, k), select(scores, allowed, k))
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_bench_finds() -> None:
     found = bench.run("topk")["claims"]
     assert [claim["ok"] for claim in found] == [True, True, None, None]

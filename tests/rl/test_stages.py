@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 from rl_support import NANO, GlmMoeDsa, save_model, settings, tokenizer
 
 from fullarc.config.context import StageContext
@@ -9,6 +10,7 @@ from fullarc.config.stages import EngineSettings, SandboxSettings, TaskSettings
 from fullarc.rl.stages import engine_command, run_reasoning
 
 
+@pytest.mark.slow
 def test_the_engine_samples_in_the_precision_that_is_asked_for(tmp_path):
     """The trainer, which computes in fp32, sees it at the first batch."""
     config = NANO.model_copy(update={"vocab_size": tokenizer().vocab_size, "max_position_embeddings": 512})

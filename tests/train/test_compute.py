@@ -89,6 +89,7 @@ def test_bf16_is_where_it_may_be_and_nowhere_else(topk, gathered):
     assert out.total.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_optimizer_stay_fp32_and_bf16_learns_as_fp32(make_rows):
     """The loss falls as far, within a hundredth of what it fell."""
     last, first = {}, {}
@@ -109,6 +110,7 @@ def test_weights_gradients_and_optimizer_stay_fp32_and_bf16_learns_as_fp32(make_
     assert fell > 2 and abs(last["bf16"] - last["fp32"]) < 0.01 * fell
 
 
+@pytest.mark.slow
 def test_a_killed_bf16_stage_ends_with_the_same_bits(make_rows, tmp_path):
     rows, how = make_rows(n=10), "precision='bf16', checkpoint_activations=True"
     phase = replace(tiny_phase(rows), compute=BF16)
