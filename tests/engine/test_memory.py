@@ -202,7 +202,7 @@ def test_a_large_checkpoint_is_mapped_and_the_idle_layer_is_not_read(tmp_path):
         assert drafting["shards"][name] > 0.9 * size[name]
         assert (idle["shards"].get(name, 0) > 0.9 * size[name]) == ("trunk" in name)
         assert idle["shards"].get(name, 0) < 2**20 or "trunk" in name
-    assert drafting["peak"] - idle["peak"] > 1.5 * mtp  # mapped, experts stacked, fused
+    assert drafting["peak"] - idle["peak"] > mtp  # mapped, experts stacked, fused
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
