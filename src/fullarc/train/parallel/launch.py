@@ -2,9 +2,12 @@
 
 Invariant: a launch ends with all of its processes gone. The first failure of any rank becomes the launch's one
 error and ends the others; a rank whose parent died ends itself, even inside a collective; no collective waits
-longer than `timeout_s`. Ranks find each other through a file and talk over the loopback interface only. They are
-forked from a server that has imported torch once, so the second launch of a process starts at once; a script that
-launches needs the `if __name__ == "__main__"` that all of multiprocessing asks for.
+longer than `timeout_s`. A rank that has ended waits to be killed with the others: nobody hangs up while another
+still talks, and gloo, whose threads may still hold the last tensors, is not taken apart.
+
+Ranks find each other through a file and talk over the loopback interface only. They are forked from a server that
+has imported torch once, so the second launch of a process starts at once; a script that launches needs the
+`if __name__ == "__main__"` that all of multiprocessing asks for.
 """
 
 import os
@@ -121,7 +124,6 @@ def _rank(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     torch.set_num_threads(1)
     ranks = Ranks(rank, size, lambda *values, **named: pipe.send(("told", values, named)))
-    error: FullarcError
     try:
         dist.init_process_group(
             "gloo",
@@ -130,16 +132,16 @@ def _rank(
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
         )
-        result = job(ranks, *arguments)
-        ranks.barrier()  # nobody hangs up while another still talks
-        dist.destroy_process_group()
-        return pipe.send(("done", result))
+        end: tuple[object, ...] = ("done", job(ranks, *arguments))
     except FullarcError as raised:
-        error = raised
+        end = ("failed", time.monotonic(), raised)
     except Exception as raised:  # noqa: BLE001  (becomes the launch's error)
         traceback.print_exc(file=sys.stderr)
         error = RankFailed(f"Rank {rank} of {size} failed: {type(raised).__name__}: {raised}.")
-    pipe.send(("failed", time.monotonic(), error))
+        end = ("failed", time.monotonic(), error)
+    sys.stdout.flush()
+    pipe.send(end)
+    threading.Event().wait()
 
 
 def _end_with_parent() -> None:
