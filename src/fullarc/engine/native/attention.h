@@ -277,13 +277,20 @@ static __attribute__((noinline)) void dots(int heads, int width, const float *q,
 
 static __attribute__((noinline)) void mix(int heads, int vectors, int count, const float *p, int64_t ldp, const float *rows,
                                           int64_t ldr, const int32_t *chosen, float *out, int64_t ldo) {
-    for (int v = 0; v < vectors; v += VECTORS)
-        if (heads == KEYS && vectors - v >= VECTORS)
-            mix_of(KEYS, VECTORS, count, p, ldp, rows + v * LANES, ldr, chosen, out + v * LANES, ldo);
-        else
-            for (int h = 0; h < heads; h++)
-                for (int w = v; w < vectors && w < v + VECTORS; w++)
-                    mix_of(1, 1, count, p + h * ldp, ldp, rows + w * LANES, ldr, chosen, out + h * ldo + w * LANES, ldo);
+#define MIX(v) \
+    if (heads == KEYS) mix_of(KEYS, v, count, p, ldp, rows, ldr, chosen, out, ldo); \
+    else \
+        for (int h = 0; h < heads; h++) mix_of(1, v, count, p + h * ldp, ldp, rows, ldr, chosen, out + h * ldo, ldo);
+    for (; vectors > 0; vectors -= VECTORS, rows += VECTORS * LANES, out += VECTORS * LANES)
+        switch (vectors < VECTORS ? vectors : VECTORS) {
+        case 1: MIX(1) break;
+#if VECTORS == 4
+        case 2: MIX(2) break;
+        case 3: MIX(3) break;
+        default: MIX(4)
+#endif
+        }
+#undef MIX
 }
 
 /* Weights of `count` scores, which go on to a whole vector with -inf: e^(s - max). Returns one over their sum. */
