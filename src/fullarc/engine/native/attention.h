@@ -163,12 +163,25 @@ INLINE int count_from(const vi *keys, int vectors, int32_t border) {
     return total;
 }
 
-INLINE int32_t greatest_of(const vi *keys, int vectors) {
-    vi high = keys[0];
-    for (int v = 1; v < vectors; v++) high = (vi)pick(keys[v] > high, (vf)keys[v], (vf)high);
-    int32_t most = high[0];
-    for (int i = 1; i < LANES; i++) most = high[i] > most ? high[i] : most;
-    return most;
+INLINE vi greater(vi a, vi b) {
+#ifdef __AVX512F__
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+    return (vi)pick(a > b, (vf)a, (vf)b);
+#endif
+}
+
+/* Floats become integers in the same order; returns the greatest. */
+INLINE int32_t sort_keys(vi *keys, int vectors) {
+    vi least = (vi){0} + INT32_MIN, high[4] = {least, least, least, least};
+    for (int v = 0; v < vectors; v++) {
+        keys[v] ^= keys[v] >> 31 & 0x7fffffff;
+        high[v % 4] = greater(high[v % 4], keys[v]);
+    }
+    vi most = greater(greater(high[0], high[1]), greater(high[2], high[3]));
+    int32_t greatest = most[0];
+    for (int i = 1; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
+    return greatest;
 }
 
 /* Which of 16 sort keys are above a border, and which equal it, as bits. */
@@ -180,6 +193,19 @@ INLINE void compare(vi keys, int32_t border, uint32_t *above, uint32_t *equal) {
     *above = *equal = 0;
     for (int i = 0; i < LANES; i++) *above |= (uint32_t)(keys[i] > border) << i, *equal |= (uint32_t)(keys[i] == border) << i;
 #endif
+}
+
+/* Put start + i for each bit i; returns how many. */
+INLINE int positions_of(uint32_t bits, int start, int32_t *out) {
+    int count = __builtin_popcount(bits);
+#ifdef __AVX512F__
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i found = _mm512_maskz_compress_epi32(bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(start)));
+    _mm512_mask_storeu_epi32(out, (1u << count) - 1, found);
+#else
+    for (; bits; bits &= bits - 1) *out++ = start + __builtin_ctz(bits);
+#endif
+    return count;
 }
 
 /* Copy the sort keys from `from` on and below `to` to `out`, filled up with the least one; returns how many vectors. */
@@ -207,10 +233,9 @@ INLINE int between(const vi *keys, int vectors, int64_t from, int64_t to, int32_
 static void choose(float *scores, int n, int k, int32_t *out, int32_t *room) {
     vi *keys = (vi *)scores;
     int vectors = (n + LANES - 1) / LANES;
-    for (int v = 0; v < vectors; v++) keys[v] ^= keys[v] >> 31 & 0x7fffffff;
     /* `from` is a border with at least k keys from it on, `to` one with fewer (`above`): bisection, and in turn the
        border where k keys would be if they lay evenly between the two; soon only among those between the two */
-    int64_t from = INT32_MIN, to = (int64_t)greatest_of(keys, vectors) + 1;
+    int64_t from = INT32_MIN, to = (int64_t)sort_keys(keys, vectors) + 1;
     int above = 0, found = vectors * LANES, size = vectors, beyond = 0;
     const vi *left = keys;
     for (int turn = 0; found != k && to - from > 1; turn++) {
@@ -231,7 +256,7 @@ static void choose(float *scores, int n, int k, int32_t *out, int32_t *room) {
         uint32_t in, equal;
         compare(keys[v], (int32_t)from, &in, &equal);
         for (; equal && filling > 0; equal &= equal - 1, filling--) in |= equal & -equal;
-        for (; in; in &= in - 1) out[taken++] = v * LANES + __builtin_ctz(in);
+        taken += positions_of(in, v * LANES, out + taken);
     }
 }
 
