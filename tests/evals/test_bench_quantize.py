@@ -75,6 +75,7 @@ def test_schemes_and_precisions_are_each_measured_as_what_they_are(folder, tmp_p
     windows, asked = prompts(2, 20, VOCAB), []
     names = ("bf16", "FP8, emulated", "W4A16", "W4A8")
     monkeypatch.setattr(bench_quantize, "OURS", {name: bench_quantize.OURS[name] for name in names})
+    monkeypatch.setattr(bench_quantize, "SPEED", ())
     monkeypatch.setattr(bench_quantize, "held_out", lambda checkpoint: windows)
     monkeypatch.setattr(bench_quantize, "_success", lambda of, _, dtype: asked.append((of.name, dtype)) or {})
     chosen = SimpleNamespace(checkpoint=folder, peers=None, success=True)
@@ -98,6 +99,28 @@ def test_schemes_and_precisions_are_each_measured_as_what_they_are(folder, tmp_p
         ("W4A16", "fp32"),
         ("W4A8", "fp32"),
     ]
+
+
+def test_bytes_are_those_of_the_file(folder, tmp_path):
+    quantize_checkpoint(folder, tmp_path / "packed", plan_of(4))
+    after, before = (load_file(at / "model.safetensors") for at in (tmp_path / "packed", folder))
+    told = {one["name"]: one["value"] for one in bench_quantize._bytes(folder, tmp_path)}
+    for what, experts in (("experts", True), ("all other quantised layers", False)):
+        names = [name for name in before if kind_of(name) and ("mlp.experts." in name) == experts]
+        leaves = ("_packed", "_scale", "_shape", "")
+        now = sum(after[n + leaf].nbytes for n in names for leaf in leaves if n + leaf in after)
+        assert told[f"W4A8: bytes of {what} against bf16"] == pytest.approx(
+            now / sum(2 * before[name].numel() for name in names), abs=6e-4
+        )
+
+
+def test_speeds_are_told_for_every_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_quantize, "SPEED", ("nano", "2m"))
+    monkeypatch.setattr(bench_quantize, "PAYS", ("2m",))
+    monkeypatch.setattr(bench_quantize, "CONTEXT", 16)
+    monkeypatch.setattr(bench_quantize, "in_turn", lambda works, repeats: [work() or 2.0 for work in works])
+    nano, two = bench_quantize._speed(tmp_path)
+    assert (nano["value"], nano["ok"], two["value"], two["ok"]) == (1.0, None, 1.0, True)
 
 
 @pytest.mark.parametrize("left_alone", ["", "model.layers.0.mlp."])

@@ -70,7 +70,7 @@ CASES = (
 
 def saved(size: str, root: Path, index_head_dim: int = 0) -> Path:
     """A folder with random weights and room for the longest measurement; its tokenizer is there for converters."""
-    config = TINY if size == "tiny" else preset("2m").model_copy(update={"max_position_embeddings": 66_560})
+    config = TINY if size == "tiny" else preset(size).model_copy(update={"max_position_embeddings": 66_560})
     folder = root / size
     if index_head_dim:
         heads = config.index_n_heads * config.index_head_dim // index_head_dim

@@ -4,6 +4,8 @@
     perplexity      of the held-out text of the checkpoint's run, against the fp32 model's
     first choice    share of tokens at which both find the same token likeliest
     success         (`--success`) the share of agent tasks, problems and instructions that are done, greedily
+    bytes, speed    of W4A8 against bf16: of the checkpoint's matrices; of decoding at batch 1, context 512, with random
+                    weights of several sizes, one thread
 
 All are computed by our engine, so what differs is only the integers and scales, or what the engine computes in (bf16,
 emulated FP8). W4A16 is 4 bits for experts, one scale for 32 weights, inputs as they are. W4A8 is 4 bits for experts, 8
@@ -38,11 +40,16 @@ from fullarc.engine import Engine
 from fullarc.engine.core import Chunk
 from fullarc.evals import stage, stats
 from fullarc.evals.bench import claim
+from fullarc.evals.bench_engine_peers import STEPS, Ours, Precision, prompts, saved
+from fullarc.evals.bench_train import in_turn
 from fullarc.evals.peers import QUIET, compressors, environments
-from fullarc.model import QuantScheme, quantize_checkpoint
+from fullarc.model import QuantScheme, load_config, quantize_checkpoint
 from fullarc.model.compressed import KINDS, Plan, compress, kind_of, quantization_config
 from fullarc.model.quant import quantize, quantize_best
 
+SPEED, PAYS = ("2m", "5m", "20m"), ("20m",)  # sizes that decode, and those of them where integers should pay
+BYTES = {"experts": 0.28, "all other quantised layers": 0.52}  # of bf16's, at most
+CONTEXT, REPEATS = 512, 9
 TOKENS, WINDOW = 16_384, 256  # held-out text, in windows that know nothing of each other
 ROWS, ROW = 128, 256  # what the others are calibrated on
 
@@ -135,6 +142,8 @@ def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if chosen.success:
                 now = _success(folder, checkpoint, how.dtype)
                 yield from (_share(f"{name}: {key}", score, asked[key]) for key, score in now.items())
+        yield from _bytes(checkpoint, Path(root))
+        yield from _speed(Path(root))
     ours = min(value for name, value in kl.items() if name.startswith("W4A8") and name not in THEIRS)
     best = "W4A8: smallest KL of ours against the smallest of the others"
     if not chosen.peers:
@@ -213,6 +222,33 @@ def _told(name: str, lost: Lost) -> Iterator[dict[str, Any]]:
     yield claim(f"{name}: perplexity", percent, "%", "<= 1" if within else "", percent <= 1 if within else None,
                 f"± {100 * lost.perplexity_se:.2f}", better="lower")  # fmt: skip
     yield claim(f"{name}: same first choice", 100 * lost.same, "%", "", None, f"± {100 * lost.same_se:.1f}")
+
+
+# --- what it is for ---------------------------------------------------------------------------------------------
+
+
+def _bytes(checkpoint: Path, root: Path) -> Iterator[dict[str, Any]]:
+    reports = quantize_checkpoint(checkpoint, root / "packed", plan_of(4))
+    for name, most in BYTES.items():
+        parts = [report for report in reports if (report.kind == "experts") == (name == "experts")]
+        share = sum(r.bytes_after for r in parts) / sum(r.bytes_after / r.ratio for r in parts)
+        yield claim(
+            f"W4A8: bytes of {name} against bf16", share, "x", f"<= {most}", share <= most, better="lower"
+        )
+
+
+def _speed(root: Path) -> Iterator[dict[str, Any]]:
+    for size in SPEED:
+        folder = saved(size, root)
+        sides = [
+            Ours(folder, 1, CONTEXT, precision) for precision in (Precision("bf16"), Precision(experts=4))
+        ]
+        for side in sides:
+            side.start(prompts(1, CONTEXT, load_config(folder).vocab_size))
+        bf16, integers = in_turn([side.decode for side in sides], REPEATS)
+        ratio, target = bf16 / integers, size in PAYS
+        yield claim(f"W4A8: decoding of {size} at batch 1 against bf16", ratio, "x", ">= 1" if target else "",
+                    ratio >= 1 if target else None, f"{1000 * integers / STEPS:.2f} ms a token")  # fmt: skip
 
 
 # --- what is still done -----------------------------------------------------------------------------------------
