@@ -92,11 +92,8 @@ class Sampler:
             kept += range(at, at + len(request.logprobs) - before)
             at += count
         if any(p.top_logprobs or p.logprob_ids or p.support for p in params):
-            tell = partial(_tell_alternatives, logits[kept], steered[kept], [owners[row] for row in kept])
-            if ends:
-                tell()
-            else:
-                self.behind.later(tell)
+            told = [owners[row] for row in kept]
+            self.behind.later(partial(_tell_alternatives, logits[kept], steered[kept], told))
         return ends
 
     def draft(
