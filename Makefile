@@ -52,7 +52,7 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 check: lint sandbox
-	$(PY) -m pytest -m "not slow" < /dev/null
+	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal < /dev/null
 
 test: lint sandbox
 	$(PY) -m pytest < /dev/null

@@ -120,7 +120,10 @@ def must_run(place: Path, command: str, says: str = "", seconds: float = 100) ->
     return out
 
 
-@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.slow) if c.startswith("fullarc bench") else c for c in QUICK],
+)
 def test_a_quick_command_runs(place: Path, command: str) -> None:
     assert must_run(place, command) or command.startswith("fullarc data")
 
