@@ -52,7 +52,8 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 check: lint sandbox
-	$(PY) -m pytest -m "not slow" -n 2 --dist worksteal < /dev/null
+	$(PY) -m pytest -m "not slow and not alone" -n 2 --dist worksteal < /dev/null
+	$(PY) -m pytest -m "not slow and alone" < /dev/null
 
 test: lint sandbox
 	$(PY) -m pytest < /dev/null

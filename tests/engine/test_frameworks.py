@@ -78,7 +78,8 @@ def test_areal_over_sglang_pauses_updates_and_resumes(http, server, other):
     server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         futures = [pool.submit(post, http, "/generate", payload) for _ in range(6)]  # 4 run, 2 wait
-        wait(lambda: any(len(r.logprobs) > 3 for r in list(server.engine.scheduler.running.values())))
+        s = server.engine.scheduler
+        wait(lambda: len(s.waiting) == 2 and any(len(r.logprobs) > 3 for r in list(s.running.values())))
         assert http.post("/pause_generation").status_code == 200
         answers = [future.result(30) for future in futures]
     reasons = [answer["meta_info"]["finish_reason"] for answer in answers]

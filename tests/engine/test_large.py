@@ -23,6 +23,7 @@ def server(talking):
     running.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

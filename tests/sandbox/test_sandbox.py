@@ -319,6 +319,7 @@ async def test_the_async_form_is_the_same():
     await made.aclose()
 
 
+@pytest.mark.alone
 def test_it_is_fast():
     times = []
     for _ in range(5):
