@@ -13,10 +13,13 @@ SCHEMES = {
     "w8a8": "experts, attention and dense layers in 8 bits, and so what they read, token by token",
     "w4a8": "the same with routed experts in 4 bits",
 }
+ROWS, ROW = 128, 256
+"""How many rows, of how many tokens, integers are calibrated on."""
 
 
 def main(argv: Sequence[str]) -> int:
     """The verb."""
+    from fullarc.evals.stage import trained_rows
     from fullarc.model import QuantScheme, quantize_checkpoint
     from fullarc.model.compressed import KINDS
     from fullarc.model.quant import quantize, quantize_best
@@ -46,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
         "--search", action="store_true", help="scales of least squared error, not of no clamping"
     )
     parser.add_argument("--rotate", action="store_true", help="spread outliers of latents and values first")
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="let integers make up for each other's errors on rows that the checkpoint's run was trained on (GPTQ)",
+    )  # fmt: skip
     parser.add_argument("--wide", action="store_true", help="with w4a8: 4 bits in a byte, for vLLM's experts")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     parser.add_argument("--json", action="store_true")
@@ -59,6 +66,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.wide and arguments.scheme != "w4a8":
         parser.error("--wide is for --scheme w4a8")
 
+    rows = trained_rows(folder, ROWS, ROW) if arguments.calibrate else []
+    if arguments.calibrate and not rows:
+        raise FullarcError(
+            f"{folder} belongs to no run with rows to calibrate on.", "Give a run's checkpoint."
+        )
+
     tokens = arguments.scheme in ("w8a8", "w4a8")
     group = (0 if tokens else 32) if arguments.group is None else arguments.group
     first = QuantScheme(8 if arguments.scheme == "w8a8" else arguments.bits or 4, group, tokens)
@@ -66,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     plan = {kind: first if kind in (arguments.what or ["experts"]) else rest for kind in KINDS}
     reports = quantize_checkpoint(
         folder, out, {kind: scheme for kind, scheme in plan.items() if scheme.bits},
-        arguments.wide, quantize_best if arguments.search else quantize, arguments.rotate,
+        arguments.wide, quantize_best if arguments.search else quantize, arguments.rotate, rows,
     )  # fmt: skip
     before, after = (sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (folder, out))
     if arguments.json:

@@ -62,21 +62,23 @@ class How:
         plan: what is quantised; None: nothing.
         search: for scales of least squared error.
         turn: rotate outliers away first.
+        calibrated: let integers make up for each other's errors on rows that the model was trained on.
         dtype: what the engine computes in.
     """
 
     plan: Plan | None = None
     search: bool = False
     turn: bool = False
+    calibrated: bool = False
     dtype: str = "fp32"
 
     def of(self, checkpoint: Path, out: Path) -> Path:
         """The checkpoint so, written as `out` if need be."""
         if self.plan is None:
             return checkpoint
-        quantize_checkpoint(
-            checkpoint, out, self.plan, True, quantize_best if self.search else quantize, self.turn
-        )
+        rows = stage.trained_rows(checkpoint, ROWS, ROW) if self.calibrated else []
+        quantizer = quantize_best if self.search else quantize
+        quantize_checkpoint(checkpoint, out, self.plan, True, quantizer, self.turn, rows)
         return out
 
 
@@ -96,6 +98,8 @@ OURS = {
     "W4A8, searched": How(plan_of(4), search=True),
     "W4A8, rotated": How(plan_of(4), turn=True),
     "W4A8, searched and rotated": How(plan_of(4), search=True, turn=True),
+    "W4A8, calibrated": How(plan_of(4), calibrated=True),
+    "W4A8, searched, rotated and calibrated": How(plan_of(4), search=True, turn=True, calibrated=True),
 }
 THEIRS = {
     "W4A8 by llm-compressor, to nearest": "rtn",
@@ -289,20 +293,13 @@ def by_others(checkpoint: Path, out: Path, method: str, peers: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="fullarc-bench-") as temporary:
         made, scheme, rows = (Path(temporary) / name for name in ("made", "scheme.json", "rows.json"))
         scheme.write_text(json.dumps(quantization_config(plan)))
-        rows.write_text(json.dumps(_rows(checkpoint)))
+        rows.write_text(json.dumps(stage.trained_rows(checkpoint, ROWS, ROW)))
         command = [python, compressors.__file__, checkpoint, made, method, scheme, rows]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace",
                               env=os.environ | QUIET, check=False)  # fmt: skip
         if done.returncode:
             raise FullarcError(f"{method} failed: {done.stderr.strip().rpartition(chr(10))[2]}")
         adopt(made, checkpoint, out, plan)
-
-
-def _rows(checkpoint: Path) -> list[list[int]]:
-    """Beginnings of rows that the model was trained on, as many of each stage."""
-    folders = sorted((stage.run_of(checkpoint) / "data" / "rows").glob("*/ids.npy"))
-    each = ROWS // max(1, len(folders))
-    return [row for file in folders for row in np.load(file, mmap_mode="r")[:each, :ROW].tolist()]
 
 
 def adopt(made: Path, checkpoint: Path, out: Path, plan: Plan) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fullarc.chat import Tokenizer
@@ -89,6 +90,13 @@ def heldout_of(model_dir: Path) -> Path | None:
     """The held-out documents of the run that a checkpoint belongs to, if any."""
     folder = run_of(model_dir) / "data" / "heldout"
     return folder if folder.is_dir() else None
+
+
+def trained_rows(model_dir: Path, count: int, length: int) -> list[list[int]]:
+    """Beginnings of about `count` rows that the run of a checkpoint is trained on, as many of each kind; [] without."""
+    folders = sorted((run_of(model_dir) / "data" / "rows").glob("*/ids.npy"))
+    each = count // max(1, len(folders))
+    return [row for file in folders for row in np.load(file, mmap_mode="r")[:each, :length].tolist()]
 
 
 def evaluate(job: Job, out: Path) -> Scores:

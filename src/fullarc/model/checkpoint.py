@@ -8,6 +8,7 @@ A quantised checkpoint (`model.compressed`) is loaded as the floats it stands fo
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fullarc.model.compressed import (
     rounds_inputs,
 )
 from fullarc.model.glm import GlmMoeDsa
+from fullarc.model.gptq import grams_of
 from fullarc.model.moe import Experts
 from fullarc.model.quant import Linear, quantize
 from fullarc.model.rotation import rotate
@@ -97,6 +99,7 @@ def quantize_checkpoint(
     wide: bool = False,
     quantizer: Quantizer = quantize,
     turn: bool = False,
+    rows: Sequence[Sequence[int]] = (),
 ) -> list[KindReport]:
     """Write the checkpoint `folder`, quantised by `plan`, as the checkpoint `out` (an existing one is replaced).
 
@@ -106,6 +109,7 @@ def quantize_checkpoint(
         wide: store integers of 4 bits in bytes where inputs are rounded too, as vLLM's experts want them.
         quantizer: how integers and scales are found.
         turn: rotate latents and values first (`model.rotation`).
+        rows: token ids that the model reads before, so that integers make up for each other's errors (`model.gptq`).
 
     Raises:
         FullarcError: `folder` is no checkpoint, is damaged or quantised already, or does not fit the plan.
@@ -119,7 +123,12 @@ def quantize_checkpoint(
     tensors = read_tensors(folder)
     if turn:
         tensors = rotate(tensors, ModelConfig.from_hf(config))
-    tensors, reports = compress(tensors, plan, wide, quantizer)
+    grams = None
+    if rows:
+        model = GlmMoeDsa(ModelConfig.from_hf(config))
+        fill_state(model, dict(tensors), folder)
+        grams = grams_of(model.eval(), rows)
+    tensors, reports = compress(tensors, plan, wide, quantizer, grams)
     with atomic_dir(Path(out)) as temp:
         for file in folder.iterdir():
             if file.is_file() and file.name != "manifest.json" and ".safetensors" not in file.name:

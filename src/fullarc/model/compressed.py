@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
+from fullarc.model.gptq import compensated
 from fullarc.model.quant import WORD, QuantScheme, dequantize, pack, quantize, unpack
 
 KINDS = {
@@ -79,9 +80,16 @@ def kind_of(name: str) -> str | None:
 
 
 def compress(
-    tensors: Mapping[str, Tensor], plan: Plan, wide: bool = False, quantizer: Quantizer = quantize
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    wide: bool = False,
+    quantizer: Quantizer = quantize,
+    grams: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[KindReport]]:
     """The tensors of a checkpoint with those of the plan's kinds quantised, and what that did to each kind.
+
+    Matrices whose modules have Gram matrices of their inputs in `grams` get integers that make up for each other's
+    errors (`model.gptq`).
 
     Raises:
         FullarcError: a group does not divide a matrix, or the checkpoint has nothing of a kind.
@@ -96,9 +104,12 @@ def compress(
         if kind is None or kind not in plan:
             out[name] = weight
             continue
-        scheme = _of_module(name.removesuffix(".weight"), plan[kind])
+        module = name.removesuffix(".weight")
+        scheme = _of_module(module, plan[kind])
         try:
             q, scale = quantizer(weight, scheme)
+            if (gram := (grams or {}).get(module)) is not None:
+                q = compensated(weight, scale, scheme, gram)
         except FullarcError as error:
             raise FullarcError(f"{name}: {error.message}", error.hint) from None
         if _form(scheme, wide) == _BYTES:
