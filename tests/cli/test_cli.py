@@ -143,3 +143,18 @@ def test_nproc_is_the_stages_number_of_processes(monkeypatch, tmp_path):
         assert cli.main(["train", "pretrain", str(ROOT / "recipes/smoke.toml"), *words]) == 0
         assert seen[-1].stages["pretrain"].processes == processes
         assert seen[-1].stages["sft"].processes == 1
+
+
+def test_ways_of_several_processes_that_a_model_has_not_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Context parallelism shares latents, which grouped queries have none of; with one process nothing is divided."""
+    started: list[object] = []
+    monkeypatch.setattr("fullarc.arc.run", lambda *words, **_: started.append(words) or Path())
+    words = ["train", "pretrain", str(ROOT / "recipes/smoke.toml"), "stages.pretrain.parallel=cp"]
+    grouped = "model.gqa_kv_heads=1"
+    assert cli.main([*words, grouped, "--nproc", "2"]) == 3 and not started
+    out, err = capsys.readouterr()
+    assert "stages.pretrain.parallel = 'cp' (command line)" in err and "model.gqa_kv_heads = 1" in err
+    assert err.count("\n") == 1 and not out
+    assert cli.main([*words, grouped]) == 0 and cli.main([*words, "--nproc", "2"]) == 0 and len(started) == 2

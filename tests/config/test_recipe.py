@@ -41,6 +41,21 @@ def test_the_layers_win_in_order_and_every_value_names_its_origin(tmp_path: Path
     assert "steps = 7" in to_toml(resolved) and f"# {path}" in to_toml(resolved)
 
 
+@pytest.mark.parametrize("size", [name for name in SIZES if name != "glm5-744b"])
+def test_every_size_of_the_dial_is_a_whole_arc(size: str) -> None:
+    resolved = load_recipe(None, [f"size={size}"])
+    assert list(resolved.recipe.stages) == list(STAGE_TYPES)
+    given = {key for key, origin in resolved.origins.items() if origin == f"size {size}"}
+    assert {f"stages.{name}.steps" for name in STAGE_TYPES} <= given
+    assert {f"stages.{name}.lr" for name in STAGE_TYPES} <= given
+
+
+def test_1m_has_a_million_parameters_and_is_trained_as_2m() -> None:
+    small, usual = (load_recipe(None, [f"size={size}"]).recipe for size in ("1m", "2m"))
+    assert small.model.parameter_count() == pytest.approx(1e6, rel=0.05)
+    assert (small.stages, small.eval, small.tasks) == (usual.stages, usual.eval, usual.tasks)
+
+
 def test_what_follows_from_the_row_length_follows(tmp_path: Path) -> None:
     longer = load_recipe(None, ["stages.pretrain.seq_len=300", "stages.midtrain.seq_len=4000"])
     assert longer.recipe.stages["pretrain"].batch_tokens % 300 == 0

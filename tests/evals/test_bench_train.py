@@ -42,6 +42,21 @@ def test_a_part_of_a_size_is_all_that_is_measured(monkeypatch, capsys, tmp_path)
         bench.main(["train", "--size", "5m"])
 
 
+def test_without_a_size_those_of_the_claim_are_measured_and_others_kept(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    measured = []
+
+    def claimed(sizes, parts):
+        measured.extend(sizes)
+        return iter([bench.claim(f"step, {size}", 1.0, "x", "", None) for size in sizes])
+
+    monkeypatch.setattr(bench_train, "claims", claimed)
+    bench.main(["train", "--size", "2m", "--save"])
+    bench.main(["train", "--save"])
+    assert measured == ["2m", "1m", "5m", "20m"]
+    assert [one["name"] for one in bench.stored("train")["claims"]] == [f"step, {size}" for size in measured]
+
+
 def test_products_are_counted_with_their_layout():
     a, b = torch.randn(3, 4), torch.randn(5, 4)
     with bench_train.Products() as products:

@@ -85,7 +85,7 @@ def test_chosen_heads_begin_by_looking_a_fixed_distance_back() -> None:
     assert attention_back(GlmMoeDsa(preset("2m")).init_weights(0), 100, 1).max() < 0.1
 
 
-@pytest.mark.parametrize("size", ["2m", "5m"])
+@pytest.mark.parametrize("size", ["1m", "2m", "5m"])
 def test_a_start_with_induction_prefers_what_followed_before(size: str) -> None:
     """Random tokens, written twice: only looking them up can make the second writing likelier than the first."""
     generator = torch.Generator().manual_seed(2)

@@ -1,7 +1,12 @@
-"""What "trains as one process does" means for a rank's metrics and weights."""
+"""What "trains as one process does" means for metrics and weights, and what a checkpoint has of the optimizer."""
+
+import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 
 
 def assert_as_one(metrics, weights, expected_metrics, expected, rel: float, atol: float) -> None:
@@ -14,3 +19,20 @@ def assert_as_one(metrics, weights, expected_metrics, expected, rel: float, atol
         assert np.allclose(value, expected[name], atol=atol), name
         if name.endswith("e_score_correction_bias"):
             assert np.array_equal(value, expected[name]), name
+
+
+def moments(folder):
+    """The optimizer state of a checkpoint, put together here from every rank's file; no part is there twice."""
+    parts = defaultdict(dict)
+    for file in folder.glob("trainer/optimizer/*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            offsets = json.loads(handle.metadata()["DCP_SHARDING_INFO"])
+            for name in offsets:
+                row, part = (*offsets[name]["saved_offsets"], 0)[0], handle.get_tensor(name)
+                if part.numel():
+                    assert row not in parts[name], name
+                    parts[name][row] = part
+    return {
+        name: torch.cat([part for _, part in sorted(found.items())]) if found[0].ndim else found[0]
+        for name, found in parts.items()
+    }

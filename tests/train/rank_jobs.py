@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, zeros
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.model import ModelConfig
@@ -217,6 +220,23 @@ def fsdp_load(ranks: Ranks, config: ModelConfig, folder: Path, again: Path, expe
     save_checkpoint(again, trainer, load_checkpoint(folder, trainer))
 
 
+def divide_by_torch(ranks: Ranks, folder: Path, again: Path) -> dict[str, Weights]:
+    """Torch's own loader reads weights and optimizer state of a checkpoint by rows; what it has read, put together.
+
+    It writes the optimizer state, divided as it is, to `again`.
+    """
+    mesh, found = init_device_mesh("cpu", (ranks.size,)), {}
+    for kind, path in (("weights", folder), ("optimizer", folder / "trainer" / "optimizer")):
+        reader = HuggingFaceStorageReader(str(path))
+        about = {name: one.size for name, one in reader.read_metadata().state_dict_metadata.items()}
+        state = {n: zeros(s, device_mesh=mesh, placements=[Shard(0)]) for n, s in about.items() if s}
+        state |= {name: torch.zeros(()) for name, size in about.items() if not size}
+        dcp.load(state, storage_reader=reader)
+        found[kind] = arrays({n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in state.items()})
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(again), save_distributed=True))
+    return found
+
+
 def gradients(model: GlmMoeDsa, step: int) -> None:
     """The same random gradients on every rank."""
     generator = torch.Generator().manual_seed(step)
@@ -243,12 +263,13 @@ def save(ranks: Ranks, config: ModelConfig, rows: Path, folder: Path) -> tuple[W
     """Train a step, write a checkpoint, the last rank late; weights and this rank's optimizer state."""
     trainer = new_trainer(config, ranks)
 
-    def late(*arguments):
-        time.sleep(0.5)
-        save_file(*arguments)
+    class Late(checkpoint.HuggingFaceStorageWriter):
+        def write_data(self, *arguments):
+            time.sleep(0.5)
+            return super().write_data(*arguments)
 
     if ranks.rank == ranks.size - 1:
-        checkpoint.save_file = late
+        checkpoint.HuggingFaceStorageWriter = Late
     trainer.step(batches(rows)[0].split(1), LOSS)
     save_checkpoint(folder, trainer, {"place": 7})
     return arrays(trainer.model.state_dict()), arrays(trainer.optimizer.tensors())

@@ -1,7 +1,9 @@
 """Checkpoints: whole, resumable bit for bit after SIGKILL, and never fewer than one good one."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from equality import moments
+from safetensors.torch import load_file, save_file
 
 from fullarc.config.errors import FullarcError
+from fullarc.config.files import atomic_dir
 from fullarc.config.model import preset
 from fullarc.config.stages import Compute
 from fullarc.model import GlmMoeDsa, load_model
@@ -24,6 +28,7 @@ from fullarc.train import (
     Rows,
     Steps,
     Trainer,
+    checkpoint,
     latest,
     load_checkpoint,
     run_phase,
@@ -108,8 +113,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(make_rows, tmp_path):
     assert logged[0] == events[0][1] + 1 and logged[-1] == 9
     assert same_bits(tmp_path / "straight", tmp_path / "killed")
     assert not (tmp_path / "killed.steps").exists()
-    moments = [load_file(tmp_path / n / "trainer" / "optimizer.safetensors") for n in ("straight", "killed")]
-    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    states = [moments(tmp_path / name) for name in ("straight", "killed")]
+    assert states[0] and all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 
 def test_killed_while_the_batch_grows_ends_with_the_same_bits(make_rows, tmp_path):
@@ -165,6 +170,27 @@ def test_save_and_load_restore_everything(model, config, make_rows, tmp_path):
     assert torch.equal(load_model(tmp_path / "c").norm.weight, load_model(tmp_path / "c").norm.weight)
 
 
+@pytest.mark.parametrize("files", [1, 3])
+def test_files_of_whole_tensors_from_before_are_still_read(model, config, make_rows, tmp_path, files):
+    trainer = make_trainer(model)
+    trainer.step([Rows(make_rows(), 4, 0).next()], LOSS)
+    save_checkpoint(tmp_path / "c", trainer, {})
+    state, folder = trainer.optimizer.tensors(), tmp_path / "c" / "trainer"
+    shutil.rmtree(folder / "optimizer")
+    for number in range(files):
+        part = f"-{number + 1:05d}-of-{files:05d}" if files > 1 else ""
+        mine = {name: state[name] for name in sorted(state)[number::files]}
+        save_file(mine, folder / f"optimizer{part}.safetensors")
+    with atomic_dir(tmp_path / "old") as old:
+        shutil.copytree(
+            tmp_path / "c", old, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json")
+        )
+    other = make_trainer(GlmMoeDsa(config).init_weights(9))
+    load_checkpoint(tmp_path / "old", other)
+    read = other.optimizer.tensors()
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
+
+
 def test_another_optimizer_is_refused(model, tmp_path):
     save_checkpoint(tmp_path / "c", make_trainer(model), {})
     with pytest.raises(FullarcError, match="trained with muon_split, not adamw"):
@@ -177,6 +203,22 @@ def test_nan_weights_are_never_saved(model, tmp_path, name):
     with pytest.raises(FullarcError, match=f"{name} is not finite"):
         save_checkpoint(tmp_path / "c", make_trainer(model), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        save_checkpoint(tmp_path / "c", make_trainer(model), {})
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+def test_saving_and_loading_alone_warn_of_nothing(model, tmp_path):
+    save_checkpoint(tmp_path / "c", make_trainer(model), {})
+    load_checkpoint(tmp_path / "c", make_trainer(model))
 
 
 def save_steps(steps, trainer, numbers):

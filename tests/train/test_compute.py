@@ -181,6 +181,19 @@ def test_less_is_kept_and_alive_at_once(loss):
     assert peaks[False] < peaks[True] / 2
 
 
+def test_the_indexers_warm_up_holds_the_attention_of_one_head_at_a_time():
+    peaks = {}
+    for heads in (4, 32):
+        model = sparse_model(length=512, num_attention_heads=heads)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".indexer." in name)
+        part = batch(rows=1, length=512, isolate=False)
+        peaks[heads] = peak_bytes(
+            lambda model=model, part=part: indexer_warmup_loss(model, part).total.backward()
+        )
+    assert peaks[32] < 2 * peaks[4]
+
+
 def test_a_step_without_gradient_keeps_nothing_to_compute_again(monkeypatch):
     monkeypatch.setattr("fullarc.model.glm.checkpoint", lambda *_, **__: pytest.fail("checkpointed"))
     assert evaluate(sparse_model(CHECKPOINTED), [batch()])["loss"] > 0

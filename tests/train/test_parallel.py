@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import psutil
 import pytest
 import rank_jobs as jobs
 import torch
-from equality import assert_as_one
+from equality import assert_as_one, moments
+from safetensors.torch import load_file
 from test_checkpoint import same_bits
 
 from fullarc.config.errors import FullarcError
+from fullarc.config.files import atomic_dir
 from fullarc.model import load_model
 from fullarc.train import load_checkpoint
-from fullarc.train.checkpoint import Shards
 from fullarc.train.parallel import ALONE, RankFailed, launch
 from fullarc.train.parallel.owners import share_out
 
@@ -92,18 +94,39 @@ def test_owners_are_balanced():
 def test_a_checkpoint_of_two_ranks_is_read_by_any_number(config, make_rows, tmp_path):
     """Weights and moments bit for bit, and none twice; no file but safetensors and JSON."""
     saved = launch(jobs.save, 2, config, make_rows(), tmp_path / "saved")
-    moments = saved[0][1] | saved[1][1]
+    state = saved[0][1] | saved[1][1]
     files = {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json"}
     listed = json.loads((tmp_path / "saved" / "manifest.json").read_text())["files"]
-    assert sum(name.startswith("trainer/optimizer-") for name in listed) == 2
+    assert sum(name.startswith("trainer/optimizer/") for name in listed) == 2
     read = {1: [jobs.load(ALONE, config, tmp_path / "saved")]}
     read[4] = launch(jobs.load, 4, config, tmp_path / "saved")
     for ranks in read.values():
-        assert sorted(name for _, state in ranks for name in state) == sorted(moments)
-        for weights, state in ranks:
+        assert sorted(name for _, part in ranks for name in part) == sorted(state)
+        for weights, part in ranks:
             assert all(np.array_equal(value, saved[0][0][name]) for name, value in weights.items())
-            assert all(np.array_equal(value, moments[name]) for name, value in state.items())
+            assert all(np.array_equal(value, state[name]) for name, value in part.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_torchs_own_loader_divides_a_checkpoint_and_what_it_writes_is_one(config, make_rows, tmp_path, size):
+    folder = tmp_path / "saved"
+    jobs.save(ALONE, config, make_rows(), folder)
+    expected = {"weights": jobs.arrays(load_file(folder / "model.safetensors"))}
+    expected["optimizer"] = jobs.arrays(moments(folder))
+    for found in launch(jobs.divide_by_torch, size, folder, tmp_path / "divided"):
+        for kind, tensors in expected.items():
+            assert tensors and tensors.keys() == found[kind].keys()
+            assert all(np.array_equal(value, found[kind][name]) for name, value in tensors.items())
+    with atomic_dir(tmp_path / "again") as again:
+        shutil.copytree(
+            folder, again, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json", "optimizer")
+        )
+        shutil.copytree(tmp_path / "divided", again / "trainer" / "optimizer")
+    _, state = jobs.load(ALONE, config, tmp_path / "again")
+    assert state.keys() == expected["optimizer"].keys()
+    assert all(np.array_equal(value, state[name]) for name, value in expected["optimizer"].items())
 
 
 @pytest.mark.slow
@@ -132,9 +155,9 @@ def test_a_phase_goes_on_to_the_same_bits(make_rows, tmp_path, parallel):
     metrics = launch(job, 2, rows, tmp_path / "same")[0]
     assert all(metrics[name] == whole[name] for name in metrics.keys() - {"tokens_per_s"})
     assert same_bits(tmp_path / "whole", tmp_path / "same")
-    shards = [dict(Shards(sorted((tmp_path / n / "trainer").glob("optimizer-*")))) for n in ("whole", "same")]
-    assert shards[0] and shards[0].keys() == shards[1].keys()
-    assert all(shards[1][name].equal(value) for name, value in shards[0].items())
+    states = [moments(tmp_path / name) for name in ("whole", "same")]
+    assert states[0] and states[0].keys() == states[1].keys()
+    assert all(states[1][name].equal(value) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -163,10 +186,7 @@ def test_fsdp_equals_one_process(config, make_rows, tmp_path, size, experts):
         assert held["weights"] <= whole["weights"] * share
         assert held["moments"] <= whole["moments"] * share * 1.02
     launch(jobs.fsdp_load, 2, config, tmp_path / "sharded", tmp_path / "again", experts)
-    states = [
-        dict(Shards(sorted(folder.glob("trainer/optimizer*"))))
-        for folder in (tmp_path / "alone", tmp_path / "sharded", tmp_path / "again")
-    ]
+    states = [moments(tmp_path / name) for name in ("alone", "sharded", "again")]
     assert states[0].keys() == states[1].keys() == states[2].keys()
     for name, value in states[1].items():
         assert torch.allclose(states[0][name], value, atol=5e-5), name

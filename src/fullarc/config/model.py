@@ -267,6 +267,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "nano": _LAPTOP
     | dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
            moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16, n_routed_experts=4, index_head_dim=16),
+    "1m": _LAPTOP
+    | dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192,
+           moe_intermediate_size=32, initializer_range=0.06, qk_nope_head_dim=32, v_head_dim=48, kv_lora_rank=64),
     "2m": _LAPTOP
     | dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
            moe_intermediate_size=64, initializer_range=0.06, qk_nope_head_dim=32, v_head_dim=48, kv_lora_rank=96),

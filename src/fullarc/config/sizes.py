@@ -64,6 +64,92 @@ def _lm(steps: int, seq_len: int, rows: int, lr: float, lr_end: float, **more: A
     }
 
 
+# the demo, on a laptop's two cores in ten to fifteen minutes, and what is smaller
+_LAPTOP: Layer = {
+    "data": {"max_mb": 6.0, "tokenizer_mb": 2.0, "language_weight": 20},
+    "tasks": {"families": _FAMILIES_2M},
+    "stages": {
+        "pretrain": _lm(100, 256, 16, 1.5e-2, 3e-3, adamw_scale=3, mtp_rows=0.25, induction=True),
+        "midtrain": _lm(
+            90,
+            1024,
+            4,
+            1e-2,
+            3e-3,
+            adamw_scale=3,
+            mtp_rows=0.25,
+            demos=200,
+            save_every=20,
+            trajectory_share=0.05,
+            synthetic_share=0.8,
+        ),
+        "dsa": _lm(
+            20,
+            1024,
+            2,
+            1e-3,
+            3e-4,
+            adamw_scale=3,
+            schedule="linear",
+            mtp_rows=0.5,
+            mtp_steps=1,
+            indexer_steps=20,
+            indexer_lr=2e-2,
+            micro_batch_rows=1,
+            save_every=20,
+        ),
+        "sft": _lm(
+            255,
+            1024,
+            4,
+            1.5e-2,
+            5e-4,
+            adamw_scale=3,
+            # the layer follows the trunk, which does not change for it: docs/log.md
+            mtp_rows=0.25,
+            mtp_detached=True,
+            replay=0.15,
+            demos=10_800,
+            mix={"reasoning": 0.76, "terminal": 0.14, "general": 0.1},
+        ),
+        "reasoning_rl": _RL_2M
+        | _SINGLE_TURN_2M
+        | {
+            "steps": 135,
+            "prompts": 96,
+            "optimizer": "muon_split",
+            "lr": 2.5e-3,
+            "lr_end": 2.5e-4,
+            "schedule": "linear",
+            # without some of the other instructions they are unlearnt, and format with them: docs/log.md
+            "mix": {"reasoning": 0.85, "general": 0.15},
+        },
+        "agentic_rl": _RL_2M
+        | {
+            "steps": 15,
+            "prompts": 24,
+            "optimizer": "muon_split",
+            "lr": 2e-3,
+            "lr_end": 5e-4,
+            "schedule": "linear",
+            "reset_optimizer": False,
+        },
+        "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 10, "prompts": 32},
+        "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
+    },
+    "eval": {
+        "heldout_tokens": 8192,
+        "problems": 16,
+        "instructions": 6,
+        "episodes": 8,
+        "needles": 5,
+        "max_new_tokens": 64,
+        "max_turns": 5,
+        "temperature": 1.0,
+    },
+}
+
+
 SIZES: dict[str, Layer] = {
     # a whole arc in about a minute: for tests, learns little
     "nano": {
@@ -91,91 +177,10 @@ SIZES: dict[str, Layer] = {
             "max_turns": 2,
         },
     },
-    # the demo: about 2 M parameters, a laptop's two cores, ten to fifteen minutes
-    "2m": {
-        "model": MODELS["2m"] | {"index_topk": 384},
-        "data": {"max_mb": 6.0, "tokenizer_mb": 2.0, "language_weight": 20},
-        "tasks": {"families": _FAMILIES_2M},
-        "stages": {
-            "pretrain": _lm(100, 256, 16, 1.5e-2, 3e-3, adamw_scale=3, mtp_rows=0.25, induction=True),
-            "midtrain": _lm(
-                90,
-                1024,
-                4,
-                1e-2,
-                3e-3,
-                adamw_scale=3,
-                mtp_rows=0.25,
-                demos=200,
-                save_every=20,
-                trajectory_share=0.05,
-                synthetic_share=0.8,
-            ),
-            "dsa": _lm(
-                20,
-                1024,
-                2,
-                1e-3,
-                3e-4,
-                adamw_scale=3,
-                schedule="linear",
-                mtp_rows=0.5,
-                mtp_steps=1,
-                indexer_steps=20,
-                indexer_lr=2e-2,
-                micro_batch_rows=1,
-                save_every=20,
-            ),
-            "sft": _lm(
-                255,
-                1024,
-                4,
-                1.5e-2,
-                5e-4,
-                adamw_scale=3,
-                # the layer follows the trunk, which does not change for it: docs/log.md
-                mtp_rows=0.25,
-                mtp_detached=True,
-                replay=0.15,
-                demos=10_800,
-                mix={"reasoning": 0.76, "terminal": 0.14, "general": 0.1},
-            ),
-            "reasoning_rl": _RL_2M
-            | _SINGLE_TURN_2M
-            | {
-                "steps": 135,
-                "prompts": 96,
-                "optimizer": "muon_split",
-                "lr": 2.5e-3,
-                "lr_end": 2.5e-4,
-                "schedule": "linear",
-                # without some of the other instructions they are unlearnt, and format with them: docs/log.md
-                "mix": {"reasoning": 0.85, "general": 0.15},
-            },
-            "agentic_rl": _RL_2M
-            | {
-                "steps": 15,
-                "prompts": 24,
-                "optimizer": "muon_split",
-                "lr": 2e-3,
-                "lr_end": 5e-4,
-                "schedule": "linear",
-                "reset_optimizer": False,
-            },
-            "general_rl": _RL_2M | _SINGLE_TURN_2M | {"steps": 10, "prompts": 32},
-            "distil": _RL_2M | {"steps": 8, "prompts": 64, "group_size": 1},
-        },
-        "eval": {
-            "heldout_tokens": 8192,
-            "problems": 16,
-            "instructions": 6,
-            "episodes": 8,
-            "needles": 5,
-            "max_new_tokens": 64,
-            "max_turns": 5,
-            "temperature": 1.0,
-        },
-    },
+    # of the demo's family, for comparisons
+    "1m": _LAPTOP | {"model": MODELS["1m"] | {"index_topk": 384}},
+    # the demo
+    "2m": _LAPTOP | {"model": MODELS["2m"] | {"index_topk": 384}},
     # a night on a workstation's CPU, or minutes on a GPU
     "5m": {
         "model": MODELS["5m"] | {"max_position_embeddings": 4096, "index_topk": 256},

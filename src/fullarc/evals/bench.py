@@ -1,7 +1,7 @@
 """`fullarc bench AREA`: measured claims with their baselines, targets, seeds and machine.
 
 fullarc bench arc [--seeds 0,1,2] [--from-runs DIR… [--thorough]] [--recipe FILE] [--json] [--save]
-fullarc bench train [--part NAME…] [--size 2m|5m|20m…] [--json] [--save]
+fullarc bench train [--part NAME…] [--size 1m|2m|5m|20m…] [--json] [--save]
 fullarc bench dsa [--part NAME…] [--length TOKENS…] [--json] [--save]
 fullarc bench topk [--json] [--save]
 fullarc bench engine [--part NAME…] [--size tiny|2m] [--checkpoint DIR] [--peers FOLDER] [--json] [--save]

@@ -1,10 +1,11 @@
 """`fullarc bench dsa`: from which length on is sparse attention faster than dense, and does its memory stay linear?
 
-The same code twice: one decoder layer whose attention has GLM-5's proportions (eight multiplications of attention for
-one of the indexer), at a size that two cores can run, once with `index_topk` = TOPK and once with all keys. Prefill is
-a forward pass; a training step is a forward and a backward pass with the indexer frozen, as in SFT and RL. Each
-measurement is a process of its own, so that its peak memory is its own; sides are measured in turn; medians of
-REPEATS.
+The same code for all sides: one decoder layer whose attention has GLM-5's proportions (eight multiplications of
+attention for one of the indexer), at a size that two cores can run, with `index_topk` = TOPK or with all keys. Prefill
+is a forward pass. A training step is a forward and a backward pass: with the indexer frozen, as in SFT and RL; with an
+indexer that learns by its KL on the chosen keys, as in sparse adaptation; or, all keys being attended to, of the
+indexer alone, as in its warm-up. Each measurement is a process of its own, so that its peak memory is its own; sides
+are measured in turn; medians of REPEATS.
 
 What arithmetic says of a row of T tokens, in multiplications per query: dense attention T / 2 * H (d_qk + d_v), half of
 the keys being the future's; the indexer T / 2 * J d_I; and, whatever T is, TOPK * H (2 C + R) in the absorbed form.
@@ -28,6 +29,7 @@ from fullarc.train.parallel import Ranks, launch
 
 LENGTHS = (4096, 8192, 16384, 32768)
 PARTS = PREFILL, TRAINING = "prefill", "training step"
+FROZEN, ADAPTATION, WARM_UP = "training step", "training step with the indexer's KL", "indexer's warm-up step"
 TOPK = 512
 REPEATS = 3
 SHAPE: dict[str, Any] = dict(
@@ -52,18 +54,44 @@ def crossover(topk: int) -> int:
     return next(length for length in range(2 * topk, 2**30, 64) if arithmetic(length, topk) >= 1)
 
 
-def one_pass(_: Ranks, length: int, topk: int, training: bool, threads: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Side:
+    """What one process measures: a pass with all keys or the chosen ones, and what learns from it."""
+
+    name: str
+    sparse: bool
+    model: bool = False
+    indexer: bool = False
+
+
+SIDES = {
+    PREFILL: (Side("dense", False), Side(PREFILL, True)),
+    TRAINING: (
+        Side("dense", False, model=True),
+        Side(FROZEN, True, model=True),
+        Side(ADAPTATION, True, model=True, indexer=True),
+        Side(WARM_UP, False, indexer=True),
+    ),
+}
+"""Of each part; all others are held against the first."""
+
+
+def one_pass(_: Ranks, length: int, topk: int, side: Side, threads: int) -> tuple[float, float]:
     """Seconds of one pass, and the peak memory of this process in MB."""
     torch.set_num_threads(threads)
-    model = GlmMoeDsa(ModelConfig(**SHAPE, index_topk=topk, max_position_embeddings=length)).init_weights(0)
+    chosen = topk if side.sparse else length
+    model = GlmMoeDsa(ModelConfig(**SHAPE, index_topk=chosen, max_position_embeddings=length)).init_weights(0)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(training and ".indexer." not in name)
+        parameter.requires_grad_(side.indexer if ".indexer." in name else side.model)
     ids = torch.randint(0, 64, (1, length), generator=torch.Generator().manual_seed(0))
+    learns = ("sparse" if side.sparse else "dense") if side.indexer else "off"
     began = time.perf_counter()
-    with torch.set_grad_enabled(training):
-        hidden = model.trunk(ids).hidden_BTD
-        if training:
-            hidden.square().mean().backward()
+    with torch.set_grad_enabled(side.model or side.indexer):
+        out = model.trunk(ids, indexer_loss=learns)
+        losses = [out.hidden_BTD.square().mean()] if side.model else []
+        losses += [out.index_kl] if out.index_kl is not None else []
+        if losses:
+            torch.stack(losses).sum().backward()
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -86,18 +114,20 @@ def claims(
 ) -> Iterator[dict[str, Any]]:
     """The claims of these lengths and passes; a ratio at any but the longest of all is told, not judged."""
     for part in parts:
-        found = []
+        found: dict[Side, list[Measured]] = {side: [] for side in SIDES[part][1:]}
         for length in lengths:
-            found.append(_measured(length, topk, part == TRAINING, repeats))
-            yield _faster(part, found[-1], length == max(LENGTHS), topk)
-        yield _smaller(part, found)
-        if tuple(lengths) == LENGTHS:
-            yield from _along(part, found, topk)
+            for side, one in _measured(length, topk, part, repeats).items():
+                found[side].append(one)
+                yield _faster(side, one, length == max(LENGTHS), topk)
+        for side, along in found.items():
+            yield _smaller(side, along)
+            if tuple(lengths) == LENGTHS:
+                yield from _along(side, along, topk)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of both sides at one length: seconds and peak memory in MB of (dense, sparse) attention."""
+    """Medians of two sides at one length: seconds and peak memory in MB of dense attention, and of the other one."""
 
     length: int
     seconds: tuple[float, float]
@@ -105,48 +135,56 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Dense over sparse seconds."""
+        """Dense over the other's seconds."""
         return self.seconds[0] / self.seconds[1]
 
 
-def _measured(length: int, topk: int, training: bool, repeats: int) -> Measured:
-    threads = machine()["cores"]
-    turns = [
-        [launch(one_pass, 1, length, k, training, threads)[0] for k in (length, topk)] for _ in range(repeats)
-    ]
-    seconds, peaks = (
-        tuple(statistics.median(turn[side][what] for turn in turns) for side in (0, 1)) for what in (0, 1)
+def _measured(length: int, topk: int, part: str, repeats: int) -> dict[Side, Measured]:
+    """Each side of a part but the first."""
+    threads, sides = machine()["cores"], SIDES[part]
+    turns = [[launch(one_pass, 1, length, topk, side, threads)[0] for side in sides] for _ in range(repeats)]
+    (dense_s, dense_mb), *others = (
+        [statistics.median(figures) for figures in zip(*taken, strict=True)]
+        for taken in zip(*turns, strict=True)
     )
-    return Measured(length, seconds, peaks)
+    return {
+        side: Measured(length, (dense_s, seconds), (dense_mb, mb))
+        for side, (seconds, mb) in zip(sides[1:], others, strict=True)
+    }
 
 
-def _faster(part: str, at: Measured, judged: bool, topk: int) -> dict[str, Any]:
-    dense, sparse = at.seconds
+def _faster(side: Side, at: Measured, longest: bool, topk: int) -> dict[str, Any]:
+    """The indexer's warm-up is no rival of dense attention: what it costs is told."""
+    (dense, other), judged = at.seconds, longest and side.sparse
+    against = "sparse against dense attention" if side.sparse else "against a dense training step"
+    bound = "" if side.indexer else f"; by arithmetic {arithmetic(at.length, topk):.1f} x"
     return claim(
-        f"{part} at {at.length:,}: sparse against dense attention", at.ratio, "x", ">= 2" if judged else "",
-        at.ratio >= 2 if judged else None,
-        f"{dense:.2f} against {sparse:.2f} s; by arithmetic {arithmetic(at.length, topk):.1f} x",
+        f"{side.name} at {at.length:,}: {against}", at.ratio, "x", ">= 2" if judged else "",
+        at.ratio >= 2 if judged else None, f"{dense:.2f} against {other:.2f} s{bound}",
     )  # fmt: skip
 
 
-def _smaller(part: str, found: Sequence[Measured]) -> dict[str, Any]:
-    dense, sparse = found[-1].peak_mb
+def _smaller(side: Side, found: Sequence[Measured]) -> dict[str, Any]:
+    dense, other = found[-1].peak_mb
     return claim(
-        f"{part} at {found[-1].length:,}: peak memory against dense attention's", sparse / dense, "x", "<= 1",
-        sparse <= dense, "; ".join("{:.0f} and {:.0f} MB".format(*at.peak_mb) for at in found), better="lower",
+        f"{side.name} at {found[-1].length:,}: peak memory against dense attention's", other / dense, "x",
+        "<= 1" if side.sparse else "", other <= dense if side.sparse else None,
+        "; ".join("{:.0f} and {:.0f} MB".format(*at.peak_mb) for at in found), better="lower",
     )  # fmt: skip
 
 
-def _along(part: str, found: Sequence[Measured], topk: int) -> Iterator[dict[str, Any]]:
+def _along(side: Side, found: Sequence[Measured], topk: int) -> Iterator[dict[str, Any]]:
     """How memory grows with the length, and from which on sparse attention is faster."""
     before, last = found[-2:]
     growth, longer = last.peak_mb[1] / before.peak_mb[1], last.length / before.length
     yield claim(
-        f"{part}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
+        f"{side.name}: peak memory at the last length against the one before", growth, "x", f"<= {longer:g}",
         growth <= longer, f"{before.peak_mb[1]:.0f} and {last.peak_mb[1]:.0f} MB", better="lower",
     )  # fmt: skip
+    if not side.sparse:
+        return
     below = max((at.length for at in found if at.ratio < 1), default=0)
     yield claim(
-        f"{part}: the longest row that dense attention is faster on", below, "tokens", f"< {last.length}",
-        below < last.length, f"by arithmetic {crossover(topk):,}", better="lower",
+        f"{side.name}: the longest row that dense attention is faster on", below, "tokens", f"< {last.length}",
+        below < last.length, f"by arithmetic {crossover(topk):,}" * (not side.indexer), better="lower",
     )  # fmt: skip

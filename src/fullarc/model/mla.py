@@ -189,7 +189,7 @@ class MLA(nn.Module):
         if seen.valid_BT is not None:
             support = support & seen.valid_BT[:, chunk.part, None]
         support = support.expand_as(scores_BtS)
-        return indexer_kl(scores_BtS, self._attention(q_BHtd, k_BHSd, support), support)
+        return indexer_kl(scores_BtS, self._mass(q_BHtd, k_BHSd, support)[:, None], support)
 
     # --- gathered form --------------------
 
@@ -226,12 +226,19 @@ class MLA(nn.Module):
         return out_BtHV, kl, rows
 
     @torch.no_grad()
-    def _attention(self, q_BHTd: Tensor, k_BHSd: Tensor, support_BTS: Tensor) -> Tensor:
-        """The main attention's probabilities [B, H, T, S] on `support`; rows without support are zero."""
-        exact = self.kv_b_proj.weight.dtype
-        logits = q_BHTd.to(exact) @ k_BHSd.to(exact).mT * self.scale
-        logits = logits.masked_fill(~support_BTS[:, None], -torch.inf)
-        return logits.softmax(-1).nan_to_num(0.0)
+    def _mass(self, q_BHtd: Tensor, k_BHSd: Tensor, support_BtS: Tensor) -> Tensor:
+        """The main attention's probabilities on `support`, summed over heads [B, t, S]; rows without support are zero.
+
+        One head at a time, so that no [H, t, S] tensor exists.
+        """
+        exact, none_BtS = self.kv_b_proj.weight.dtype, ~support_BtS
+        total_BtS: Tensor | None = None
+        for head in range(self.heads):
+            logits_BtS = (q_BHtd[:, head].to(exact) @ k_BHSd[:, head].to(exact).mT).mul_(self.scale)
+            p_BtS = logits_BtS.masked_fill_(none_BtS, -torch.inf).softmax(-1)
+            total_BtS = p_BtS if total_BtS is None else total_BtS.add_(p_BtS)
+        assert total_BtS is not None
+        return total_BtS.nan_to_num_(0.0)
 
     # --- absorbed form --------------------
 

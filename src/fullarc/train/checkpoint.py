@@ -2,29 +2,33 @@
 
 Invariant: at every moment at least one complete checkpoint exists once the first was written. A new one is
 written beside (atomic_dir), verified, and only then are older ones pruned; a damaged one is passed over,
-with an event, for the one before it. The optimizer state is one safetensors file for each rank that wrote it, and
-any number of ranks reads it back, each what it owns. No pickle: safetensors and JSON (design, contract 1).
+with an event, for the one before it. The optimizer state is written and read by `torch.distributed.checkpoint`: a
+safetensors file for each rank, with what it holds of every tensor, which any number of ranks reads back, each what it
+has room for. No pickle: safetensors and JSON (design, contract 1).
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import atomic_dir, is_complete, verify_manifest
 from fullarc.model import GlmMoeDsa, write_model
 from fullarc.model.checkpoint import load_state
-from fullarc.train.parallel.ranks import Ranks
 from fullarc.train.trainer import Trainer
 
 KEEP = 2
@@ -64,35 +68,35 @@ def save_checkpoint(
             if extra is not None:
                 extra(temp)
         common = Path(ranks.gather(str(temp))[0])
-        save_file(tensors, common / "trainer" / _shard(ranks))
-        ranks.barrier()  # all shards are there: the first rank may write the manifest
+        writer = HuggingFaceStorageWriter(str(common / "trainer" / "optimizer"), save_distributed=True)
+        with _plainly():  # returns when every rank has written: the first may add the manifest
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
     ranks.barrier()  # the folder has its name: all may read it
 
 
-def _shard(ranks: Ranks) -> str:
-    """The file of one rank's part of the optimizer state."""
-    part = f"-{ranks.rank + 1:05d}-of-{ranks.size:05d}" if ranks.size > 1 else ""
-    return f"optimizer{part}.safetensors"
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without the warning that a rank is alone, which is meant, and with the error of the rank that failed as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as failed:
+            error, _ = next(iter(failed.failures.values()))
+            raise error from None
 
 
-class Shards(Mapping[str, Tensor]):
-    """The tensors of several safetensors files as one mapping; a tensor is read when it is asked for."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._files: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as handle:
-                self._files |= dict.fromkeys(handle.keys(), file)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as handle:
-            return handle.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def _read(folder: Path, room: Callable[[str, torch.Size], Tensor | None]) -> dict[str, Tensor]:
+    """The optimizer state of a checkpoint: of each tensor what `room` of its name and whole shape has room for."""
+    where = folder / "trainer" / "optimizer"
+    # earlier checkpoints have files of whole tensors in the folder above
+    reader = HuggingFaceStorageReader(str(where if where.is_dir() else where.parent))
+    saved = cast("dict[str, TensorStorageMetadata]", reader.read_metadata().state_dict_metadata)
+    places = {name: room(name, about.size) for name, about in saved.items()}
+    state = {name: place for name, place in places.items() if place is not None}
+    with _plainly():
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name: x.to_local() if isinstance(x, DTensor) else x for name, x in state.items()}
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> dict[str, Any]:
     weights = GlmMoeDsa(trainer.model.config)
     load_state(weights, folder)
     values = json.loads((folder / "trainer" / "state.json").read_text())["trainer"]
-    trainer.load_state(Shards(sorted((folder / "trainer").glob("optimizer*.safetensors"))), values)
+    trainer.load_state(_read(folder, trainer.room), values)
     trainer.load_weights(weights.state_dict())
     return data_state
 

@@ -252,6 +252,10 @@ class Optimizer:
             out.update({f"adamw.{key}.{name}": value for key, value in state.items()})
         return out
 
+    def room(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Memory for a tensor of the state, of this whole shape, that is to be loaded; None for what is not of here."""
+        return torch.empty(shape)
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors()` gave, all of it or nothing.
 

@@ -228,8 +228,12 @@ class Trainer:
         """Tensors (of what this rank owns) and JSON values that, with the weights, continue training bit for bit."""
         return self.optimizer.tensors(), {"step": self.step_number, "optimizer": self.settings.kind}
 
+    def room(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Memory for what this rank takes of a tensor of the whole state; None if it takes nothing of it."""
+        return self.optimizer.room(key, shape)
+
     def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
-        """Take back `state()`.
+        """Take back `state()`, or what filled the `room` for it.
 
         Raises:
             FullarcError: the state is of another update rule or model.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from fullarc.config.errors import FullarcError
 from fullarc.model import GlmMoeDsa
@@ -69,7 +69,7 @@ class FsdpOptimizer(Optimizer):
         ranks: Ranks,
         local: Collection[str] = (),
     ) -> None:
-        self.ranks, self.local = ranks, local
+        self.ranks, self.local, self.mesh = ranks, local, init_device_mesh("cpu", (ranks.size,))
         self.exchange = Exchange(ranks, shapes, owners_of(shapes, settings, heads, ranks.size))
         super().__init__(parameters, settings, heads)
 
@@ -88,20 +88,24 @@ class FsdpOptimizer(Optimizer):
         torch._foreach_add_([weights[name] for name in apart], [rows[name] for name in apart])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank owns of the state, each tensor whole; every rank must ask."""
-        state = super().tensors()
-        out: dict[str, Tensor] = {}
-        for kind in ("momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq."):
-            shards = {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
-            out |= {kind + name: value for name, value in self.exchange.to_owners(shards).items()}
-        own = (key for key in state if self.exchange.owners[parameter_of(key)] == self.ranks.rank)
-        return {key: out.get(key, state[key]) for key in own}
+        """The state, of which this rank has its rows."""
+        shapes = self.exchange.shapes
+        state = super().tensors().items()
+        return {key: self._divided(x, shapes[parameter_of(key)]) if x.ndim else x for key, x in state}
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take this rank's rows of the whole state."""
-        rank, size = self.ranks.rank, self.ranks.size
-        whole = ((key, tensors[key]) for key in tensors)
-        super().load_tensors({k: v[rows_of(rank, size, len(v))].clone() if v.ndim else v for k, v in whole})
+    def room(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Memory for this rank's rows of a tensor of the whole state."""
+        if not shape:
+            return super().room(key, shape)
+        rows = rows_of(self.ranks.rank, self.ranks.size, shape[0])
+        return self._divided(torch.empty(rows.stop - rows.start, *shape[1:]), shape)
+
+    def _divided(self, rows: Tensor, shape: Sequence[int]) -> DTensor:
+        """A tensor of this whole shape, of which this rank has these rows."""
+        whole = torch.empty(shape, device="meta")
+        return DTensor.from_local(
+            rows, self.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
 
 class FsdpTrainer(Trainer):

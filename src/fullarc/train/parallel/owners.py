@@ -79,10 +79,10 @@ class ShardedOptimizer(Optimizer):
         weights = [parameter.data for parameter in self.everyone.values()]
         self.ranks.spread_(weights, [self.owners[name] for name in self.everyone])
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of the whole state; nothing else of `tensors` is read."""
-        foreign = self.everyone.keys() - self.parameters.keys()
-        super().load_tensors({key: tensors[key] for key in tensors if parameter_of(key) not in foreign})
+    def room(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Memory for a tensor of this rank's part of the whole state; None for the others'."""
+        name = parameter_of(key)
+        return None if name in self.everyone and name not in self.parameters else super().room(key, shape)
 
 
 def parameter_of(key: str) -> str:

@@ -310,7 +310,7 @@ class PipelineTrainer(Trainer):
         tensors, values = super().state()
         return {key: value for key, value in tensors.items() if self._first_owner(parameter_of(key))}, values
 
-    def load_state(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
-        """Take this stage's part of the whole state; nothing else of `tensors` is read."""
+    def room(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Memory for a tensor of this stage's part of the whole state; None for the others'."""
         foreign = set().union(*self._trained) - self.parameters.keys()
-        super().load_state({key: tensors[key] for key in tensors if parameter_of(key) not in foreign}, values)
+        return None if parameter_of(key) in foreign else super().room(key, shape)
