@@ -14,6 +14,8 @@ NATIVE = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "mi
           "sampling_seed": 1, "stop": ["x"], "stop_token_ids": [1], "logit_bias": {"5": 1.0},
           "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1, "min_new_tokens": 1,
           "custom_params": {"return_top_p_token_ids": True}}  # fmt: skip
+TRL = {"n": 2, "repetition_penalty": 1.1, "temperature": 0.9, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_tokens": 3,
+       "logprobs": 2, "structured_outputs_regex": None, "generation_kwargs": {"seed": 1}}  # fmt: skip
 GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "group_name": "g",
          "backend": "nccl"}  # fmt: skip
 TENSORS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "g", "load_format": "flattened_bucket",
@@ -52,6 +54,11 @@ GENERATE = [
                                          "chat_template_kwargs": {"enable_thinking": True}, "tool_choice": "auto",
                                          "priority": -1, "cache_salt": "s",
                                          "parallel_tool_calls": False, "logit_bias": {}, "reasoning_effort": "low"}),
+    ("/v1/chat/completions/tokens", SAMPLING | {"messages": TALK, "tokens": IDS, "tools": [TOOL], "logprobs": True,
+                                                "return_token_ids": True, "max_completion_tokens": 3}),
+    ("/generate/", TRL | {"prompts": ["a", "b"], "images": None}),
+    ("/generate/", TRL | {"prompts": [IDS, IDS], "images": [None, None]}),
+    ("/chat/", TRL | {"messages": [HELLO, TALK], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": True}}),
     ("/v1/responses", {"input": ITEMS, "instructions": "s", "tools": [{"type": "function", "name": "f"}],
                        "tool_choice": "auto", "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.9, "stream": False,
                        "reasoning": {"effort": "low"}, "metadata": {"a": "b"}, "text": {"format": {"type": "text"}}}),
@@ -63,6 +70,8 @@ GENERATE = [
 GOOD = [
     *GENERATE,
     ("/v1/messages/count_tokens", {"messages": ANTHROPIC_TALK, "system": [{"type": "text", "text": "s"}]}),
+    ("/get_sequence_logprobs/", {"sequences": [IDS], "prompt_lengths": [2], "top_logprobs": 3, "temperature": 1.0,
+                                 "response_format": "binary"}),
     ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [1], "apply_softmax": True}),
     ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"}),
     ("/encode", {"input_ids": [IDS, IDS]}),
@@ -94,6 +103,8 @@ REFUSED = [
     ("/update_weights_from_tensor", {"serialized_named_tensors": ["AAAA"], "load_format": None}),
     ("/update_weights_from_ipc", {"shared_memory": "nothing-here", "sha256": "0"}),
     ("/close_session", {"session_id": "none"}),
+    ("/init_communicator/", {"host": "1.1.1.1", "port": 1, "world_size": 2, "client_device_uuid": "42"}),
+    ("/update_named_param/", {"name": "a", "dtype": "torch.float32", "shape": [1]}),
     ("/end_weight_update", {"kv_policy": "keep", "weight_version": "1"}),
     ("/get_weights_by_name", {"name": "x", "truncate_size": 3}),
     ("/init_weights_update_group", GROUP),

@@ -46,6 +46,7 @@ from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
 from fullarc.engine.api.tito import Tito
 from fullarc.engine.api.transfer import Transfer
+from fullarc.engine.api.trl import Trl
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.api.upkeep import Upkeep
 from fullarc.engine.api.vllm import Vllm
@@ -74,7 +75,8 @@ class Server:
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
         beside = (kind(self.service, updates) for kind in (Pull, Profile, Loras, Vllm))
         upkeep = Upkeep(self.service, updates)
-        dialects = [updates, self.transfer, upkeep, Rpc(upkeep), *beside, *(kind(self.service) for kind in plain)]
+        some = [updates, self.transfer, upkeep, Rpc(upkeep), Trl(self.transfer), *beside]
+        dialects = [*some, *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(

@@ -73,6 +73,12 @@ class ChatBody(OpenAISampling, ExpertsBody, WhoseBody):
     audio: None = None
 
 
+class TokensBody(ChatBody):
+    """POST /v1/chat/completions/tokens, verifiers' and prime-rl's: the ids of the prompt, beside the messages."""
+
+    tokens: Ids
+
+
 class Conversation:
     """One request for the next turn: its prompt, its samples, and how they are read. Both chat dialects use it."""
 
@@ -168,18 +174,28 @@ class Growing:
 
 
 class Chat:
-    """The handler."""
+    """The handlers."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def endpoints(self) -> list[Endpoint]:
-        """The route."""
-        return [Endpoint("/v1/chat/completions", self.chat, body=ChatBody)]
+        """The routes."""
+        return [
+            Endpoint("/v1/chat/completions", self.chat, body=ChatBody),
+            Endpoint("/v1/chat/completions/tokens", self.tokens, body=TokensBody),
+        ]
 
     async def chat(self, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
-        body = await read_body(http, ChatBody)
+        return await self._reply(http, await read_body(http, ChatBody))
+
+    async def tokens(self, http: HttpRequest) -> Response:
+        """The next turn of a conversation that is given as ids."""
+        body = await read_body(http, TokensBody)
+        return await self._reply(http, body.model_copy(update={"input_ids": body.tokens}))
+
+    async def _reply(self, http: HttpRequest, body: ChatBody) -> Response:
         conversation = await aside(http, lambda: self._conversation(body))
         assign(self.service, http, body, conversation.requests)
         if body.stream:
