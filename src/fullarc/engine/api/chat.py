@@ -5,13 +5,14 @@ add up to the message that the same request gets without streaming.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from fullarc.chat import Message, Tokenizer, render
+from fullarc.chat import Message, render
 from fullarc.chat.forced import CallGuide
 from fullarc.chat.openai import (
     BadRequest,
@@ -80,7 +81,7 @@ class TokensBody(ChatBody):
 
 
 class Conversation:
-    """One request for the next turn: its prompt, its samples, and how they are read. Both chat dialects use it."""
+    """One request for the next turn: its prompt, its samples, and how they are read. All chat dialects use it."""
 
     def __init__(
         self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
@@ -88,7 +89,7 @@ class Conversation:
         ids: list[int] | None = None, choices: Callable[[], Choices | None] = lambda: None,
         forced: Sequence[str] | None = None, several: bool = True,
     ) -> None:  # fmt: skip
-        self.tok: Tokenizer = service.text
+        self.service, self.tok = service, service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:
             service.check_length(sum(len(message.content) + len(message.reasoning) for message in messages))
@@ -120,6 +121,18 @@ class Conversation:
         if forced is None and (several or not self.tools):
             return None
         return CallGuide(self.tok, self.tools or (), forced, self.thinking, several)
+
+    async def reply(
+        self, http: HttpRequest, whose: WhoseBody, stream: bool | None,
+        events: Callable[[Watch], AsyncIterator[bytes]], whole: Callable[[], dict[str, Any]],
+    ) -> Response:  # fmt: skip
+        """The samples as the dialect writes them: as events while they grow, or as a whole."""
+        assign(self.service, http, whose, self.requests)
+        if stream:
+            watch = await self.service.submit(self.requests, each_token=True)
+            return EventStream(watch, events(watch))
+        await self.service.answer(http, self.requests)
+        return answer(whole())
 
     def usage(self) -> dict[str, Any]:
         """Token counts, those of thoughts told apart."""
@@ -157,6 +170,16 @@ class Growing:
         self._bytes_of = conversation.tok.token_bytes
         self._fed = self._length = 0
         self.tokens = 0
+
+    async def turns(self, watch: Watch) -> AsyncIterator[GrowingTurn]:
+        """The turn, each time that it may have grown, until the sample has ended."""
+        while True:
+            await watch.changed()
+            done = bool(self.request.finish)  # read first: when it is set, all tokens are there
+            self.news()
+            if done:
+                return
+            yield self.turn
 
     def news(self) -> tuple[str, str]:
         """What reasoning and content have gained."""
@@ -197,12 +220,13 @@ class Chat:
 
     async def _reply(self, http: HttpRequest, body: ChatBody) -> Response:
         conversation = await aside(http, lambda: self._conversation(body))
-        assign(self.service, http, body, conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(body, conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        return answer(self._whole(body, conversation))
+        return await conversation.reply(
+            http,
+            body,
+            body.stream,
+            partial(self._events, body, conversation),
+            lambda: self._whole(body, conversation),
+        )
 
     def _conversation(self, body: ChatBody) -> Conversation:
         kwargs = body.chat_template_kwargs or {}
