@@ -275,7 +275,9 @@ def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors,
 
 
 @pytest.mark.parametrize("end", ["die", "close"])
-def test_a_trl_client_that_breaks_off_leaves_the_old_weights(http, server, doomed, tensors, checkpoints, end):
+def test_a_trl_client_that_breaks_off_leaves_the_old_weights(
+    http, server, pool, doomed, tensors, checkpoints, end
+):
     trl_opens(http, doomed)
     names = sorted(tensors)
     trl_sends(http, doomed, tensors, names[:2])
@@ -286,7 +288,11 @@ def test_a_trl_client_that_breaks_off_leaves_the_old_weights(http, server, doome
         told = post(http, "/reset_prefix_cache/", status=400)["error"]["message"]
         assert "did not send what it announced" in told
     else:
+        waits = pool.submit(post, http, "/generate/", {"prompts": [IDS]}, 400)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waits.result(0.5)
         post(http, "/close_communicator/")
+        assert "closed meanwhile" in waits.result(20)["error"]["message"]
     assert "No communicator" in post(http, "/update_named_param/", body, 400)["error"]["message"]
     post(http, "/generate/", {"prompts": [IDS], "max_tokens": 1})
     assert generate(http) == (fresh(checkpoints["v0"]), "0") and server.server.service.worker.healthy

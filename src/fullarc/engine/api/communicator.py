@@ -78,7 +78,7 @@ class Communicator:
         self.transfer, self.updates = transfer, transfer.updates
         self._work: asyncio.Task[None] | None = None  # all that was begun, in order
         self._joining = _Joining()
-        self._expected: dict[str, ParamBody] = {}
+        self._expected: dict[str, Spec] = {}
         self._parts: dict[str, Tensor] = {}
         self._settling = asyncio.Lock()
 
@@ -113,9 +113,10 @@ class Communicator:
             raise FullarcError("No communicator is open.", "POST /init_communicator/ first.")
         if self._work.done():
             await self._done()
-        coming = self._expected | {body.name: body}
-        told = [(param.name, param.dtype, param.shape) for param in coming.values()]
-        spec = self.transfer.expected(*map(list, zip(*told, strict=True)))[[*coming].index(body.name)]
+        (spec,) = self.transfer.expected([body.name], [body.dtype], [body.shape])
+        coming = self._expected | {spec.name: spec}
+        if sum(each.bytes for each in coming.values()) > self.transfer.limit:
+            raise FullarcError("More bytes are announced than this model has.", "Is it the same model?")
         self._expected = coming
         self._then(lambda: self._receive(spec))
         return answer({"message": "Request received, updating named parameter"})
@@ -156,11 +157,16 @@ class Communicator:
 
     async def _done(self) -> None:
         """Wait for all that was begun. If some of it failed, nothing is left of it."""
+        work = self._work
         try:
-            if self._work:
-                await asyncio.shield(self._work)
+            if work:
+                await asyncio.shield(work)
         except FullarcError:
             self._leave()
+            raise
+        except asyncio.CancelledError:
+            if work and work.cancelled():
+                raise FullarcError("The communicator was closed meanwhile.", "Open it again.") from None
             raise
 
     def _leave(self) -> None:

@@ -201,7 +201,7 @@ class Transfer:
     async def _from_group(self, body: TensorsBody) -> dict[str, Any]:
         group, found = self.group(body.group_name), self.expected(body.names, body.dtypes, body.shapes)
         form: Form = "bucket" if body.load_format == "flattened_bucket" else "each"
-        return await self.updates.parts(lambda: group.receive(form, found, limit=self._limit), body)
+        return await self.updates.parts(lambda: group.receive(form, found, limit=self.limit), body)
 
     # --- vLLM, prime-rl ---------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class Transfer:
     async def update(self, http: HttpRequest) -> Response:
         """Weights from a broadcast or, as prime-rl sends them, from a folder; running requests keep their latents."""
         body = await read_body(http, WeightsBody)
-        keep, limit = UpdateBody(weight_version=body.weight_version), self._limit
+        keep, limit = UpdateBody(weight_version=body.weight_version), self.limit
         if body.update_info is not None:
             infos = body.update_info if isinstance(body.update_info, list) else [body.update_info]
             if len(infos) != 1:
@@ -270,13 +270,13 @@ class Transfer:
     # --- groups -----------------------------------------------------------------------------------------------
 
     @property
-    def _limit(self) -> int:
+    def limit(self) -> int:
         """Bytes that weights of this model can have at most."""
         return 8 * self.service.scheduler.weights.config.parameter_count(with_mtp=True) + 2**20
 
     def expected(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[Spec]:
         """What is announced. Raises FullarcError for what cannot be."""
-        return specs(names, dtypes, shapes, self._limit)
+        return specs(names, dtypes, shapes, self.limit)
 
     def group(self, name: str) -> Group:
         """An open group. Raises FullarcError."""
