@@ -72,7 +72,14 @@ def fuzzed(talking):
 
 
 def wake(server):
-    server.server.service.worker.call(lambda s: (setattr(s, "paused", False), s.abort(None))).result(30)
+    """What a request before may have left: a pause, slowness, bounds, an open update, names that are taken."""
+    worker = server.server.service.worker
+
+    def act(s):
+        s.paused, s.max_queue, s.max_running, worker.sleep_s = False, 64, 4, 0.0
+        s.abort(None)
+
+    worker.call(act).result(30)
 
 
 @pytest.mark.slow

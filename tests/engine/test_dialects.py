@@ -62,6 +62,20 @@ def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):
     )
 
 
+def test_verifiers_sends_the_prompt_as_tokens(gpt, talking):
+    """Its client of prime-rl's server: the messages go along, the ids are what counts."""
+    ids = talking[1].encode("so list it")
+    body = dict(model="talking", messages=HELLO, tools=[TOOL], tokens=ids, max_completion_tokens=9, seed=4,
+                logprobs=True, return_token_ids=True, ignore_eos=True)  # fmt: skip
+    reply = gpt.post("/chat/completions/tokens", body=body, cast_to=openai.types.chat.ChatCompletion)
+    expected = Engine(talking[0], max_batch=1, max_len=64).generate([ids], 9, seeds=[4], stop_ids=())[0]
+    assert reply.prompt_token_ids == ids and reply.choices[0].token_ids == expected.token_ids
+    assert [entry.logprob for entry in reply.choices[0].logprobs.content] == expected.logprobs
+    for wrong in ({"tokens": []}, {"tokens": ["a"]}, {"tokens": [10**6]}, {"tokens": None}):
+        with pytest.raises(openai.BadRequestError):
+            gpt.post("/chat/completions/tokens", body=body | wrong, cast_to=openai.types.chat.ChatCompletion)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("extra", [{}, {"separate_reasoning": False}, {"stream_reasoning": False},
                                    {"chat_template_kwargs": {"enable_thinking": False}}])  # fmt: skip

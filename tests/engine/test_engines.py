@@ -7,6 +7,7 @@ import httpx
 import pytest
 from running import Running, wait
 
+from fullarc.config.errors import FullarcError
 from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.replicas import Replicas
 from fullarc.rollout.serve import serving
@@ -99,7 +100,107 @@ def test_the_answer_is_that_of_one_that_refused(web, two, has):
     assert "x" not in adapters
 
 
-def test_the_engines_are_listed_as_workers_and_stay(web, two):
+def refuse_weights(running, monkeypatch):
+    """From now on this engine takes no checkpoint."""
+    endpoints = running.server.endpoints
+    updates = next(e.handler.__self__ for e in endpoints if e.path == "/update_weights_from_disk")
+
+    def refused(*_args):
+        raise FullarcError("This one takes none.")
+
+    monkeypatch.setattr(updates.staging, "from_folder", refused)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_that_has_not_the_weights_of_the_others_is_taken_out(web, two, talking, monkeypatch, bad):
+    with monkeypatch.context() as patch:
+        refuse_weights(two[bad], patch)
+        update = {"model_path": str(talking[0]), "weight_version": "5"}
+        told = web.post("/update_weights_from_disk", json=update).json()
+        assert told["success"] is True and told["weight_version"] == "5"
+        (gone,) = told["taken_out"]
+        assert (
+            gone["url"] == two[bad].url and "takes none" in gone["said"] and two[bad].url in told["message"]
+        )
+    assert [w["url"] for w in web.get("/workers").json()["workers"]] == [two[1 - bad].url]
+    assert {generate(web, seed)["meta_info"]["weight_version"] for seed in range(4)} == {"5"}
+    assert served(two)[bad] == 0
+    back = web.post("/workers", json={"url": two[bad].url})
+    assert back.status_code == 400 and "weight_version 0, the others 5" in back.json()["error"]["message"]
+    with httpx.Client(base_url=two[bad].url, trust_env=False, timeout=SLOW_S) as alone:
+        alone.post("/update_weights_from_disk", json=update).raise_for_status()
+    assert web.post("/workers", json={"url": two[bad].url}).status_code == 202
+    for one in two:
+        one.slow_down(0.02)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: generate(web, seed), range(8)))
+    assert served(two)[bad] > 0, "it works again"
+
+
+def test_what_all_refuse_takes_nobody_out_and_what_is_gone_is(web, two, talking, monkeypatch):
+    with monkeypatch.context() as patch:
+        for one in two:
+            refuse_weights(one, patch)
+        update = {"model_path": str(talking[0]), "weight_version": "5"}
+        assert web.post("/update_weights_from_disk", json=update).status_code == 400
+        assert web.get("/workers").json()["total"] == 2
+    two[0].stop()
+    assert web.post("/pause_generation").status_code == 503, "a pause is not an update"
+    told = web.post("/update_weights_from_disk", json=update).json()
+    assert told["success"] is True and told["taken_out"][0]["url"] == two[0].url
+    web.post("/continue_generation").raise_for_status()
+    assert web.get("/health").status_code == 200 and generate(web, 1)["meta_info"]["weight_version"] == "5"
+
+
+def test_what_engines_tell_of_themselves_is_put_together(web, two, pool):
+    list(pool.map(lambda seed: generate(web, seed), range(6)))
+    web.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    waiting = [pool.submit(generate, web, seed) for seed in range(4)]
+    try:
+        wait(lambda: web.get("/load").json() == {"server_load": 4}, SLOW_S)
+        assert [(row["dp_rank"], row["num_reqs"]) for row in web.get("/get_load").json()] == [(0, 2), (1, 2)]
+        loads = web.get("/v1/loads?include=core").json()
+        assert loads["num_waiting_reqs"] == loads["aggregate"]["num_waiting_reqs"] == 4
+        assert [(one["dp_rank"], one["num_waiting_reqs"]) for one in loads["loads"]] == [(0, 2), (1, 2)]
+        for path in ("/server_info", "/get_server_info"):
+            info = web.get(path).json()
+            assert info["dp_size"] == len(info["internal_states"]) == 2 and info["max_running_requests"] == 8
+            assert info["weight_version"] == "0"
+        for path in ("/metrics", "/engine_metrics"):
+            answer = web.get(path)
+            assert answer.headers["content-type"].startswith("text/plain")
+            lines, name = answer.text.splitlines(), "sglang:num_requests_total"
+            heads = [line for line in lines if line.startswith("#")]
+            assert len(set(heads)) == len(heads), "a family in one place"
+            at = lines.index(f"# TYPE {name} counter")
+            assert lines[at + 1 : at + 3] == [
+                f'{name}{{worker_addr="{one.url}"}} {n}' for one, n in zip(two, served(two), strict=True)
+            ]
+            assert 'sglang:queue_time_seconds_bucket{le="+Inf",worker_addr="' in answer.text
+    finally:
+        web.post("/abort_request", json={"abort_all": True})
+    [one.result() for one in waiting]
+    two[0].stop()
+    assert two[0].url not in web.get("/engine_metrics").text and two[1].url in web.get("/engine_metrics").text
+
+
+def test_a_session_of_sglang_is_one_engines(web):
+    opened = web.post("/open_session", json={"capacity_of_str_len": 1000})
+    assert opened.status_code == 400 and "X-SMG-Routing-Key" in opened.json()["error"]["message"]
+    for name in ("a", "b", "c", "d"):
+        key = {"X-SMG-Routing-Key": name}
+        session = web.post("/open_session", json={"capacity_of_str_len": 1000}, headers=key).json()
+        for _ in range(2):
+            body = {
+                "input_ids": [1, 2],
+                "session_params": {"id": session},
+                "sampling_params": {"max_new_tokens": 2},
+            }
+            assert web.post("/generate", json=body, headers=key).status_code == 200
+        assert web.post("/close_session", json={"session_id": session}, headers=key).status_code == 200
+
+
+def test_the_engines_are_listed_as_workers(web, two):
     workers = web.get("/workers").json()
     assert [(w["id"], w["url"], w["is_healthy"], w["load"]) for w in workers["workers"]] == [
         (str(n), one.url, True, 0) for n, one in enumerate(two)
@@ -107,12 +208,60 @@ def test_the_engines_are_listed_as_workers_and_stay(web, two):
     assert workers["total"] == 2 and web.get("/list_workers").json() == {"urls": [one.url for one in two]}
     assert web.get("/workers/1").json() == workers["workers"][1]
     group = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2}
-    for method, path, status, says in (
-        ("POST", "/init_weights_update_group", 400, "these are 2"), ("GET", "/workers/2", 404, "'2'"),
-        ("POST", "/workers", 400, "--engines"), ("DELETE", "/workers/1", 400, "--engines"),
-    ):  # fmt: skip
-        told = web.request(method, path, json=group)
-        assert told.status_code == status and says in told.json()["error"]["message"]
+    told = web.post("/init_weights_update_group", json=group)
+    assert told.status_code == 400 and "these are 2" in told.json()["error"]["message"]
     two[1].stop()
     assert [w["is_healthy"] for w in web.get("/workers").json()["workers"]] == [True, False]
     assert web.get("/health").status_code == 503
+
+
+def test_workers_come_and_go_and_sessions_stay(web, two, pool, talking):
+    """As slime's engines enter and leave SGLang's router."""
+    third = Running(talking[0])
+    try:
+        before = {name: where(web, two, name) for name in "abcdefgh"}
+        added = web.post("/workers", json={"url": third.url, "worker_type": "regular"})
+        added.raise_for_status()
+        assert added.json()["worker_id"] == "2" and added.headers["location"] == "/workers/2"
+        after = {name: where(web, [*two, third], name) for name in before}
+        assert set(after.values()) == {0, 1, 2}
+        assert all(after[name] in (before[name], 2) for name in before), "only to the new one"
+        for worker in web.get("/workers").json()["workers"]:
+            if worker["url"] == two[0].url:
+                web.delete(f"/workers/{worker['id']}").raise_for_status()
+        gone = served(two)[0]
+        rest = {name: where(web, [*two, third], name) for name in before}
+        assert all(rest[name] == after[name] for name in before if after[name]) and served(two)[0] == gone
+        web.post("/remove_worker", params={"url": third.url}).raise_for_status()
+        web.post("/add_worker", params={"url": two[0].url}).raise_for_status()
+        assert web.get("/list_workers").json() == {"urls": [two[1].url, two[0].url]}
+    finally:
+        third.stop()
+
+
+def where(web, running, session):
+    """Which engine serves it."""
+    before = served(running)
+    generate(web, 1, session)
+    return next(n for n, (a, b) in enumerate(zip(before, served(running), strict=True)) if a != b)
+
+
+def test_workers_that_cannot_be_are_refused(web, two):
+    for method, path, body, status, says in (
+        ("GET", "/workers/2", None, 404, "'2'"), ("DELETE", "/workers/x", None, 404, "'x'"),
+        ("PUT", "/workers/0", {"priority": 1}, 400, "changed"), ("POST", "/workers", {}, 400, "url must"),
+        ("POST", "/workers", [], 400, "object"), ("POST", "/workers", {"url": two[0].url}, 400, "already"),
+        ("POST", "/workers", {"url": "http://1.1.1.1:80"}, 400, "on this machine"),
+        ("POST", "/workers", {"url": "file:///etc/passwd"}, 400, "url must"),
+        ("POST", "/workers", {"url": "http://127.0.0.1:1/x"}, 400, "url must"),
+        ("POST", "/workers", {"url": "http://127.0.0.1:99999999"}, 400, "url must"),
+        ("POST", "/workers", {"url": "http://127.0.0.1:9"}, 400, "not added"),
+        ("POST", "/workers", {"url": "http://127.0.0.1:9", "worker_type": "prefill"}, 400, "regular"),
+        ("POST", "/remove_worker", None, 404, "no worker"),
+    ):  # fmt: skip
+        told = web.request(method, path, json=body)
+        assert told.status_code == status and says in told.json()["error"]["message"], (path, body, told.text)
+    assert web.post("/workers", content=b"{").status_code == 400
+    web.delete("/workers/0").raise_for_status()
+    last = web.delete("/workers/1")
+    assert last.status_code == 400 and "last worker" in last.json()["error"]["message"]

@@ -12,6 +12,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine, SamplingParams
 from fullarc.engine.lora import TENSORS, read_adapter
 from fullarc.engine.request import Request, RequestError
+from fullarc.engine.staging import Staging
 from fullarc.model import QuantScheme, load_model, quantize_checkpoint
 
 PROMPTS = [list(range(1, 60)), [7, 7, 9], [3 + (i * i) % 80 for i in range(70)]]
@@ -251,8 +252,24 @@ def test_files_that_are_missing_or_torn(checkpoints, tmp_path):
             made.load_adapter("a", folder)
 
 
-def test_a_quantised_checkpoint_takes_no_adapter(checkpoints, tmp_path):
+def test_a_quantised_checkpoint_takes_no_adapter_and_no_tensor(checkpoints, tmp_path):
+    """Said by that name, whether an adapter is there when the checkpoint comes or comes to it."""
     adapter(tmp_path / "a", stored(checkpoints["v0"]))
     quantize_checkpoint(checkpoints["v0"], tmp_path / "q", {"experts": QuantScheme(4, 0)})
-    with pytest.raises(FullarcError, match="is quantised"):
-        engine(tmp_path / "q").load_adapter("a", tmp_path / "a")
+    says = re.escape(
+        f"{tmp_path / 'q'} is quantised: its matrices are integers with scales, so no adapter can be"
+    )
+    integers, floats = engine(tmp_path / "q"), engine(checkpoints["v0"])
+    with pytest.raises(FullarcError, match=says):
+        integers.load_adapter("a", tmp_path / "a")
+    floats.load_adapter("a", tmp_path / "a")
+    with pytest.raises(FullarcError, match=says):
+        floats.update_weights(tmp_path / "q", "1")
+    assert floats.scheduler.version == "0"
+    floats.unload_adapter("a")
+    floats.update_weights(tmp_path / "q", "1")
+    staging = Staging(str(tmp_path / "q"), integers.scheduler.weights)
+    with pytest.raises(
+        FullarcError, match="is quantised: .* no tensor can take another's place. Update from a whole"
+    ):
+        staging.from_tensors({"model.norm.weight": torch.ones(32)}, "1")

@@ -130,7 +130,9 @@ def test_without_drafts_it_serves_as_with_them(tmp_path, kernels, form):
         without.unload_adapter("a")
         staging = Staging(str(folders[1]), without.scheduler.weights)
         weights = staging.from_tensors(state_to_disk(load_model(folders[0])), "2")
-        assert not weights.has_mtp and "model.layers.2.eh_proj.weight" in staging.tensors(coming=True)
+        assert not weights.has_mtp and "model.layers.2.eh_proj.weight" in staging.tensors(
+            "adapters", coming=True
+        )
         without.scheduler.set_weights(weights)
         assert without.generate(**wanted)[0].token_ids == first
 

@@ -1,11 +1,22 @@
 """Published weights are copied whole or not at all, and nothing of the user's is replaced; profiles are written."""
 
+import hashlib
 import json
 import pstats
+import re
+import shutil
+import sys
+import types
+import zlib
 
 import httpx
+import numpy as np
+import pyarrow
 import pytest
+import torch
 from running import Running, wait
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import verify_manifest
@@ -92,6 +103,122 @@ def test_a_version_that_cannot_be_copied_leaves_the_one_before(published, tmp_pa
     assert {path.name: path.read_bytes() for path in local.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "source"]
     assert json.loads(before["pulled.json"])["version"] == 1
+
+
+def weights(folder):
+    """The bytes of every tensor."""
+    return {
+        name: tensor.contiguous().view(-1).view(torch.uint8).numpy().copy()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def publish(source, number, old, new, encoding="xor", **other):
+    """A difference, written as slime's `update_weight_from_disk_delta` and `disk_delta` write it."""
+    folder = source / f"weight_v{number:06d}"
+    folder.mkdir()
+    told = {"version": f"{number:06d}", "base_version": f"{number - 1:06d}", "delta_encoding": encoding,
+            "compression_format": "zstd", "checksum_format": "adler32"} | other  # fmt: skip
+    packed, sums = {}, {}
+    for name, values in new.items():
+        if (changed := np.flatnonzero(values != old[name])).size:
+            if encoding == "xor":
+                data = (values ^ old[name]).tobytes()
+            else:
+                data = (
+                    np.uint32(len(changed)).tobytes()
+                    + changed.astype("<u4").tobytes()
+                    + values[changed].tobytes()
+                )
+            packed[name] = np.frombuffer(pyarrow.compress(data, "zstd", asbytes=True), np.uint8)
+            sums[name] = f"{zlib.adler32(values):08x}"
+    save_file(packed, folder / "model-00001.safetensors", metadata=sums)
+    index = {"metadata": told, "weight_map": dict.fromkeys(packed, "model-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def states(talking, tmp_path):
+    """The weights of versions 0 to 4: 0 the engine's own, of the others every next one changes some tensors."""
+    found = [weights(talking[0])]
+    for seed in range(1, 5):
+        save_model(GlmMoeDsa(load_config(talking[0])).init_weights(seed), tmp_path / "states" / str(seed))
+        other, names = weights(tmp_path / "states" / str(seed)), sorted(found[-1])
+        found.append(found[-1] | {name: other[name] ^ seed for name in names[seed::5]})
+    return found
+
+
+def same(folder, state):
+    found = weights(folder)
+    return found.keys() == state.keys() and all((found[name] == state[name]).all() for name in state)
+
+
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+def test_slime_publishes_what_has_changed(http, talking, tmp_path, states, encoding):
+    """Version 0 is the engine's own checkpoint; a host that comes late has all of it at once."""
+    source, local, late = tmp_path / "source", tmp_path / "local", tmp_path / "late"
+    source.mkdir()
+    for version in range(5):
+        if version:
+            publish(source, version, states[version - 1], states[version], encoding)
+        body = {"local_checkpoint_dir": str(local), "source_dir": str(source), "target_version": version}
+        told = http.post("/pull_weights", json=body)
+        assert told.json()["success"], told.text
+        assert same(local, states[version])
+        update = {"model_path": str(local), "weight_version": str(version)}
+        assert http.post("/update_weights_from_disk", json=update).json()["success"]
+    pull(source, late, 4, talking[0])
+    assert same(late, states[4]) and (late / "tokenizer.json").is_file()
+    verify_manifest(late)
+    before = (local / "config.json").stat().st_ino
+    http.post("/pull_weights", json=body)
+    assert (local / "config.json").stat().st_ino == before, "it is that version already"
+
+
+def test_a_whole_version_makes_those_before_it_unneeded(published, talking, tmp_path):
+    source, local = published, tmp_path / "local"
+    shutil.rmtree(source / "weight_v000001")
+    state = weights(source / "weight_v000002")
+    publish(source, 3, state, state | {"model.norm.weight": state["model.norm.weight"] ^ 1})
+    pull(source, local, 3, talking[0])
+    assert same(
+        local, weights(source / "weight_v000002") | {"model.norm.weight": state["model.norm.weight"] ^ 1}
+    )
+
+
+def test_a_difference_that_does_not_fit_changes_nothing(talking, tmp_path, states, monkeypatch):
+    source, local = tmp_path / "source", tmp_path / "local"
+    source.mkdir()
+    publish(source, 1, states[0], states[1])
+    pull(source, local, 1, talking[0])
+    few = {"model.norm.weight": states[1]["model.norm.weight"]}
+    other = {"model.norm.weight": few["model.norm.weight"] ^ 1}
+    for old, new, how, says in (
+        (states[0] | other, states[2] | other, {}, "has the checksum"),
+        (few, other, {"base_version": "3"}, "is not the"),
+        (few, other, {"compression_format": "lz4"}, "'lz4'"), (few, other, {"checksum_format": "md5"}, "'md5'"),
+        (few, other, {"checksum_format": "blake3"}, "needs the package blake3"),
+        (few, other, {"delta_encoding": "add"}, "'add'"), (few, {"model.norm.weight": few["model.norm.weight"]},
+                                                           {"version": "x"}, "pulled"),
+        ({"model.other": np.zeros(4, np.uint8)}, {"model.other": np.ones(4, np.uint8)}, {}, "model.other"),
+    ):  # fmt: skip
+        folder = publish(source, 2, old, new, **how)
+        with pytest.raises(FullarcError, match=re.escape(says)):
+            pull(source, local, 2, talking[0])
+        shutil.rmtree(folder)
+        assert same(local, states[1]), "what was pulled before is still there"
+    with pytest.raises(FullarcError, match="weight_v000002"):
+        pull(source, local, 2, talking[0])
+    module = types.ModuleType("xxhash")
+    module.xxh3_128 = hashlib.md5
+    monkeypatch.setitem(sys.modules, "xxhash", module)
+    folder = publish(source, 2, few, other, checksum_format="xxh3-128")
+    with pytest.raises(
+        FullarcError, match="has the checksum " + hashlib.md5(other["model.norm.weight"]).hexdigest()
+    ):
+        pull(source, local, 2, talking[0])
 
 
 def test_profiles_are_of_the_engines_thread(http, tmp_path):

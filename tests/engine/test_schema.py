@@ -24,8 +24,14 @@ def server(talking):
 
 
 def wake(server):
-    """What a request before may have left: a pause, an open update, names that are taken."""
-    server.server.service.worker.call(lambda s: (setattr(s, "paused", False), s.abort(None))).result(SECONDS)
+    """What a request before may have left: a pause, slowness, bounds, an open update, names that are taken."""
+    worker = server.server.service.worker
+
+    def act(s):
+        s.paused, s.max_queue, s.max_running, worker.sleep_s = False, 64, 4, 0.0
+        s.abort(None)
+
+    worker.call(act).result(30)
 
 
 def test_no_request_by_the_schema_fails(server):

@@ -1,6 +1,7 @@
 """Weights by collectives from a trainer in another process, as each framework's client asks for them."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import subprocess
@@ -184,7 +185,7 @@ def test_vllms_engine_collects_until_it_is_finished(http, pool, trainer, tensors
     info = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
     info |= {"packed": True, "packed_buffer_size_bytes": buffer} if buffer else {}
     future = pool.submit(post, http, "/init_weight_transfer_engine", {"init_info": info})
-    trainer.tell("open", group="plain", port=port, plain=True)
+    trainer.tell("open", group="plain", port=port, way="plain")
     assert future.result(20) == {"message": "Weight transfer initialized"}
     post(http, "/start_weight_update")
     for half in (names[::2], names[1::2]):
@@ -209,7 +210,7 @@ def test_prime_rls_broadcaster_describes_what_it_sends(http, pool, trainer, tens
     body = {"host": "127.0.0.1", "port": port, "rank_offset": 0, "inference_world_size": 1, "timeout": 20,
             "quantize_in_weight_transfer": False}  # fmt: skip
     future = pool.submit(post, http, "/init_broadcaster", body)
-    trainer.tell("open", group="plain", port=port, plain=True)
+    trainer.tell("open", group="plain", port=port, way="plain")
     assert future.result(20) == {"status": "ok"}
     http.post("/pause", params={"mode": "keep", "clear_cache": "false"})
     (tmp_path / "NCCL_READY").touch()
@@ -225,6 +226,102 @@ def test_prime_rls_broadcaster_describes_what_it_sends(http, pool, trainer, tens
     trainer.tell("close", group="plain")
     refused = post(http, "/init_broadcaster", body | {"quantize_in_weight_transfer": True}, 400)
     assert "quantise" in refused["error"]["message"]
+
+
+def trl_sends(http, trainer, tensors, names):
+    """`VLLMClient.update_named_param`: the request is answered first, then the tensor is broadcast."""
+    for name in names:
+        body = {"name": name, "dtype": "torch.float32", "shape": list(tensors[name].shape)}
+        assert "Request received" in post(http, "/update_named_param/", body)["message"]
+        trainer.tell("trl", group="trl", names=[name])
+
+
+def trl_opens(http, trainer):
+    """`VLLMClient.init_communicator`."""
+    world, port = http.get("/get_world_size/").json()["world_size"] + 1, free_port()
+    body = {"host": "0.0.0.0", "port": port, "world_size": world, "client_device_uuid": "42"}
+    assert "Request received" in post(http, "/init_communicator/", body)["message"]
+    time.sleep(0.1)
+    trainer.tell("open", group="trl", port=port, way="trl")
+
+
+def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors, checkpoints):
+    """They become one update: at the end, or when tokens are asked for."""
+    names = sorted(tensors)
+    assert "No communicator" in post(http, "/update_named_param/", {"name": "a", "dtype": "torch.float32", "shape": []},
+                                     400)["error"]["message"]  # fmt: skip
+    trl_opens(http, trainer)
+    trl_sends(http, trainer, tensors, names[:-1])
+    assert generate(http) == (fresh(checkpoints["v0"]), "0"), "other routes know nothing of it yet"
+    trl_sends(http, trainer, tensors, names[-1:])
+    assert "True" in post(http, "/reset_prefix_cache/")["message"]
+    assert generate(http) == (fresh(checkpoints["v1"]), "1")
+    assert server.engine.scheduler.counters.weight_updates == 1
+    post(http, "/reset_prefix_cache/")
+    assert server.engine.scheduler.counters.weight_updates == 1
+    trl_sends(http, trainer, tensors, names[:1])
+    params = {"prompts": [IDS], "max_tokens": 1, "temperature": 0.0}
+    post(http, "/generate/", params)
+    assert server.engine.scheduler.version == "2"
+    wrong = {"name": "model.other", "dtype": "torch.float32", "shape": [32]}
+    post(http, "/update_named_param/", wrong)
+    trainer.tell("trl", group="trl", names=["model.norm.weight"])
+    assert "no tensor model.other" in post(http, "/reset_prefix_cache/", status=400)["error"]["message"]
+    for field, value in (("dtype", "torch.complex64"), ("shape", [-1]), ("shape", [2**39])):
+        post(http, "/update_named_param/", wrong | {field: value}, 400)
+    assert "closing" in post(http, "/close_communicator/")["message"]
+    post(http, "/close_communicator/")
+    assert generate(http) == (fresh(checkpoints["v1"]), "2")
+
+
+@pytest.mark.parametrize("end", ["die", "close"])
+def test_a_trl_client_that_breaks_off_leaves_the_old_weights(
+    http, server, pool, doomed, tensors, checkpoints, end
+):
+    trl_opens(http, doomed)
+    names = sorted(tensors)
+    trl_sends(http, doomed, tensors, names[:2])
+    body = {"name": names[2], "dtype": "torch.float32", "shape": list(tensors[names[2]].shape)}
+    post(http, "/update_named_param/", body)
+    if end == "die":
+        doomed.stop()
+        told = post(http, "/reset_prefix_cache/", status=400)["error"]["message"]
+        assert "did not send what it announced" in told
+    else:
+        waits = pool.submit(post, http, "/generate/", {"prompts": [IDS]}, 400)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waits.result(0.5)
+        post(http, "/close_communicator/")
+        assert "closed meanwhile" in waits.result(20)["error"]["message"]
+    assert "No communicator" in post(http, "/update_named_param/", body, 400)["error"]["message"]
+    post(http, "/generate/", {"prompts": [IDS], "max_tokens": 1})
+    assert generate(http) == (fresh(checkpoints["v0"]), "0") and server.server.service.worker.healthy
+
+
+def receivers():
+    """The processes that this one has started to receive."""
+    pids = {p for path in Path("/proc/self/task").glob("*/children") for p in path.read_text().split()}
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just gone
+            if b"fullarc.engine.receiver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
+
+
+def test_communicators_that_cannot_be_are_refused(http):
+    good = {"host": "0.0.0.0", "port": free_port(), "world_size": 2, "client_device_uuid": "42"}
+    for change, says in (({"world_size": 3}, "not 2"), ({"host": "10.255.255.1"}, "on this machine")):
+        assert says in post(http, "/init_communicator/", good | change, 400)["error"]["message"]
+    before = receivers()
+    for _ in range(3):  # nobody comes, and the next one does not wait for that
+        post(http, "/init_communicator/", good | {"port": free_port()})
+    wait(lambda: len(receivers() - before) == 1, 60)
+    post(http, "/close_communicator/")
+    wait(lambda: receivers() <= before, 60)
+    with socket.create_server(("127.0.0.1", good["port"])):
+        post(http, "/init_communicator/", good)
+        assert "in use" in post(http, "/reset_prefix_cache/", status=400)["error"]["message"]
 
 
 @pytest.mark.slow

@@ -37,6 +37,21 @@ def open_plain(name, port, world_size):
     GROUPS[name] = dist.group.WORLD
 
 
+def open_trl(name, port, world_size):
+    """The client of `trl vllm-serve` as it does it with XCCL: the server is rank 0, the client the last one."""
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=WAIT)
+    GROUPS[name] = c10d.ProcessGroupGloo(
+        dist.PrefixStore("client2server", store), world_size - 1, world_size, WAIT
+    )
+
+
+def send_trl(tensor, group):
+    options = c10d.BroadcastOptions()
+    options.rootRank = GROUPS[group].rank()
+    GROUPS[group].broadcast([tensor.contiguous()], options).wait()
+    GROUPS[group].barrier().wait()
+
+
 def send(tensor, group):
     dist.broadcast(tensor.contiguous(), src=0, group=GROUPS[group])
 
@@ -85,12 +100,14 @@ def main():
         chosen = {name: tensors[name].to(kind) for name in names}
         match order["do"]:
             case "open":
-                (open_plain if order.get("plain") else open_named)(
-                    group, order["port"], order.get("world_size", 2)
-                )
+                opens = {"plain": open_plain, "trl": open_trl}.get(order.get("way"), open_named)
+                opens(group, order["port"], order.get("world_size", 2))
             case "send":
                 for tensor in chosen.values():
                     send(tensor, group)
+            case "trl":
+                for tensor in chosen.values():
+                    send_trl(tensor, group)
             case "bucket":
                 send(flat(chosen.values()), group)
             case "resized":

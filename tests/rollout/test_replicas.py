@@ -1,14 +1,17 @@
 """Two engines as one: who is asked, and that both know what changes an engine."""
 
 import asyncio
+import json
+from pathlib import Path
 
 import pytest
 
 from fullarc.chat import Tokenizer
 from fullarc.rollout.engine_client import EngineError, Sampling
 from fullarc.rollout.fake import FakeEngine
+from fullarc.rollout.merged import merged
 from fullarc.rollout.replicas import Replicas
-from fullarc.rollout.serve import serving
+from fullarc.rollout.serve import EngineProcess, _missed, serving
 
 
 @pytest.fixture
@@ -51,3 +54,23 @@ async def test_weights_and_pauses_reach_all_and_one_that_is_gone_is_an_error(two
             with pytest.raises(EngineError, match="No engine answers"):
                 await half.update_weights("/elsewhere", 6)
             assert not await half.health()
+
+
+async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:
+    class Ended(EngineProcess):
+        def dead(self) -> bool:
+            return True
+
+    process = Ended(Path("model"), 64)
+    process.told = {"port": 9}
+    async with Replicas([process.url, "http://127.0.0.1:10"]) as both:
+        used = both.engines
+        assert _missed(process, used)
+        await both.remove(used[0])
+        assert not _missed(process, used) and both.url == "http://127.0.0.1:10"
+
+
+def test_of_what_is_not_understood_the_first_answer_is_given() -> None:
+    assert merged("/get_load", [b"busy", b"[]"]) == b"busy" and merged("/v1/loads", [b"{}", b"{}"]) == b"{}"
+    loads = [b'{"server_load": 2}', b'{"server_load": 3}']
+    assert json.loads(merged("/load", loads)) == {"server_load": 5}

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ from fullarc.model import GlmMoeDsa, load_config, load_model
 from fullarc.model.checkpoint import is_quantized, state_to_disk
 
 LARGEST_MB = 1e9
+Change = Literal["tensors", "adapters"]
+_QUANTISED: dict[Change, tuple[str, str]] = {
+    "tensors": (
+        "no tensor can take another's place",
+        "Update from a whole folder, or start from the checkpoint that it was made of.",
+    ),
+    "adapters": (
+        "no adapter can be merged into them",
+        "Unload the adapters, or take the checkpoint that it was made of.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,12 @@ def load_weights(
     return prepare(model, version, dtype, kernels)
 
 
-def stored_tensors(folder: str | Path, to_change: bool = True) -> dict[str, Tensor]:
-    """On-disk names and tensors of a checkpoint. Raises FullarcError for a quantised one, if they are `to_change`."""
-    if to_change and is_quantized(Path(folder)):
+def stored_tensors(folder: str | Path, change: Change | None = "tensors") -> dict[str, Tensor]:
+    """On-disk names and tensors of a checkpoint. Raises FullarcError for a quantised one that is to `change` so."""
+    if change and is_quantized(Path(folder)):
+        cannot, hint = _QUANTISED[change]
         raise FullarcError(
-            f"{folder} is quantised, so its matrices cannot be changed one by one.",
-            "Start from the checkpoint that it was made of, or update from a folder.",
+            f"{folder} is quantised: its matrices are integers with scales, so {cannot}.", hint
         )
     return {name: value.detach() for name, value in state_to_disk(load_model(folder)).items()}
 
@@ -231,7 +243,7 @@ class Engine:
         weights = load_weights(folder, weight_version, old.dtype, kernels_of(old), old.has_mtp)
         same_shape(weights, old)
         adapters = self.scheduler.adapters_in_use
-        tensors = stored_tensors(folder) if adapters else {}
+        tensors = stored_tensors(folder, "adapters") if adapters else {}
         merged = {a: merge(weights, tensors, a.deltas, a.folder) for a in adapters}
         self.scheduler.set_weights(weights, merged)
         self.folder = folder
@@ -243,7 +255,7 @@ class Engine:
         """
         weights = self.scheduler.weights
         deltas = read_adapter(folder, weights.config)
-        merged = merge(weights, stored_tensors(self.folder), deltas, str(folder))
+        merged = merge(weights, stored_tensors(self.folder, "adapters"), deltas, str(folder))
         self.scheduler.adapters[name] = Adapter(name, str(folder), deltas, merged)
 
     def unload_adapter(self, name: str) -> None:

@@ -3,10 +3,11 @@
     python -m fullarc.engine.receiver      orders on stdin, one JSON object a line; an answer a line on stdout
 
 It is a process of its own because gloo ends the process in which more bytes arrive than were announced. The first
-order joins, every other one receives tensors into a safetensors file. Two ways to join, both on a TCP store that rank
+order joins, every other one receives tensors into a safetensors file. Three ways to join, all on a TCP store that rank
 0 hosts:
     named   what RL frameworks build beside their own default group (the store's keys begin with the group's name)
     plain   rank 0 called `torch.distributed.init_process_group("gloo", "tcp://HOST:PORT", …)`
+    TRL's   this process is rank 0; the last rank broadcasts, with a barrier behind every tensor
 and four forms in which tensors come: one broadcast each; one buffer of bytes for all (SGLang's "flattened_bucket");
 buffers of bytes that are full when they pass a size (vLLM's "packed"); and prime-rl's, where names, types and shapes
 come by broadcast too. What prime-rl pickles is JSON here, and nothing is unpickled.
@@ -39,6 +40,7 @@ LISTEN_POLL_S = 0.05
 MAX_PARTS, MAX_DESCRIPTION = 100_000, 64 * 2**20
 # torch's own key prefixes: of the default group, and of the one backend that it has
 _PLAIN = ("default_pg", "0/", "cpu/")
+_TRL = "client2server"
 
 
 class Member:
@@ -48,10 +50,15 @@ class Member:
         self, host: str, port: int, rank: int, world_size: int, name: str | None, timeout_s: float
     ) -> None:
         end, wait = time.monotonic() + timeout_s, timedelta(seconds=timeout_s)
-        _await_listener(host, port, end)
-        store: Any = dist.TCPStore(host, port, world_size, False, wait, multi_tenant=True)
+        self._hosts, self._root = rank == 0, world_size - 1 if rank == 0 else 0
+        if self._hosts:
+            store: Any = _host(host, port, world_size, wait)
+        else:
+            _await_listener(host, port, end)
+            store = dist.TCPStore(host, port, world_size, False, wait, multi_tenant=True)
         store.set_timeout(wait)
-        for prefix in _PLAIN if name is None else (name, f"{name}/", "cpu/"):
+        named = _PLAIN if name is None else (name, f"{name}/", "cpu/")
+        for prefix in (_TRL,) if self._hosts else named:
             store = dist.PrefixStore(prefix, store)
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
@@ -97,7 +104,11 @@ class Member:
     def _take(self, dtype: torch.dtype, count: int) -> Tensor:
         """The next broadcast."""
         tensor = torch.full((count * dtype.itemsize,), 0xFF, dtype=torch.uint8).view(dtype)
-        self._pg.broadcast([tensor], dist.BroadcastOptions()).wait()
+        options = dist.BroadcastOptions()
+        options.rootRank = self._root
+        self._pg.broadcast([tensor], options).wait()
+        if self._hosts:
+            self._pg.barrier(dist.BarrierOptions()).wait()
         return tensor
 
 
@@ -131,6 +142,13 @@ def read_description(text: bytes, limit: int) -> dict[torch.dtype, list[Spec]]:
     if sum(spec.bytes for found in rows for spec in found) > limit:
         raise FullarcError("More bytes are announced than this model has.", "Is it the same model?")
     return {found[0].dtype: found for found in rows if found}
+
+
+def _host(host: str, port: int, world_size: int, wait: timedelta) -> Any:
+    """The store that others come to, at this address and no other, as torch's own listener would be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family)
+    return dist.TCPStore(host, port, world_size, True, wait, master_listen_fd=listener.detach())
 
 
 def _await_listener(host: str, port: int, end: float) -> None:

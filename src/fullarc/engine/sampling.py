@@ -30,7 +30,7 @@ from fullarc.engine.native.sample import draw, logprobs
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
-MAX_TOP_LOGPROBS = 64
+MAX_TOP_LOGPROBS = 128
 MAX_LOGPROB_IDS = 1024
 # what a uniform number is for: one stream each, so that draws at one position are independent
 PLAIN, DRAFT, ACCEPT, RESIDUAL = 0, 0x5851F42D4C957F2D, 0xDA3E39CB94B95BDB, 0x2545F4914F6CDD1D

@@ -45,6 +45,9 @@ class Scheduler:
         chunk_tokens: prompt rows per step at most.
         drafter: makes drafts, if there is one.
         overlap: do what a step leaves behind the next forward pass (see `behind`).
+
+    Attributes:
+        max_running: sequences that run at once at most, of as many as there are slots.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Scheduler:
         self.adapters: dict[str, Adapter] = {}
         self.waiting = Waiting(self.max_len)
         self.running: dict[str, Request] = {}
-        self.free = list(range(core.cache.slots))
+        self.free, self.max_running = list(range(core.cache.slots)), core.cache.slots
         self.paused, self.admitting = False, True
         self.drafter = drafter
         self.counters = Counters()
@@ -252,11 +255,16 @@ class Scheduler:
             self._end(request, finish)
         self.behind.later(partial(_tell, [part.request for part in last]))
 
+    @property
+    def _room(self) -> bool:
+        """Whether one more may run."""
+        return bool(self.free) and len(self.running) < self.max_running
+
     def _admit(self) -> None:
         """Give slots to waiting requests, each with the longest prefix the cache has."""
         if self.waiting and self.sampler.looking:
             self.settle()  # a stop string may free a slot
-        if not (self.waiting and self.admitting and (self.free or self._victim(self.waiting.priority))):
+        if not (self.waiting and self.admitting and (self._room or self._victim(self.waiting.priority))):
             return
         self.settle()
         computing: dict[int, int] = {}  # prefixes, and the priority that they are computed with
@@ -277,7 +285,7 @@ class Scheduler:
                 missing = request.chain[len(found) : limit // BLOCK][:1] if self.prefix.takes_more else []
                 if any(computing.get(part, request.priority + 1) <= request.priority for part in missing):
                     continue
-                if not self.free:
+                if not self._room:
                     victim = self._victim(request.priority)
                     if victim is None:
                         break

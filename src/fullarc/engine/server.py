@@ -40,11 +40,13 @@ from fullarc.engine.api.parse import Parse
 from fullarc.engine.api.profile import Profile
 from fullarc.engine.api.pull import Pull
 from fullarc.engine.api.responses import Responses
+from fullarc.engine.api.rpc import Rpc
 from fullarc.engine.api.scores import Scores
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.sglang import Sglang
 from fullarc.engine.api.tito import Tito
 from fullarc.engine.api.transfer import Transfer
+from fullarc.engine.api.trl import Trl
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.api.upkeep import Upkeep
 from fullarc.engine.api.vllm import Vllm
@@ -71,8 +73,10 @@ class Server:
         updates = Updates(self.service)
         plain = (Sglang, Tito, Scores, Control, Models, Chat, Completions, Responses, Anthropic, Parse, Page)
         self.transfer = Transfer(self.service, updates, remote=api_key is not None)
-        beside = (kind(self.service, updates) for kind in (Upkeep, Pull, Profile, Loras, Vllm))
-        dialects = [updates, self.transfer, *beside, *(kind(self.service) for kind in plain)]
+        beside = (kind(self.service, updates) for kind in (Pull, Profile, Loras, Vllm))
+        upkeep = Upkeep(self.service, updates)
+        some = [updates, self.transfer, upkeep, Rpc(upkeep), Trl(self.transfer), *beside]
+        dialects = [*some, *(kind(self.service) for kind in plain)]
         self.endpoints = [endpoint for dialect in dialects for endpoint in dialect.endpoints()]
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(

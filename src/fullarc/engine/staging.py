@@ -22,7 +22,7 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import MANIFEST
 from fullarc.engine.backend import Weights, kernels_of, prepare
-from fullarc.engine.engine import check_finite, load_weights, stored_tensors
+from fullarc.engine.engine import Change, check_finite, load_weights, stored_tensors
 from fullarc.model import GlmMoeDsa, load_config
 from fullarc.model.checkpoint import fill_state
 
@@ -64,7 +64,7 @@ class Staging:
 
         Raises FullarcError for a name that the model has not, another shape, or values that are not finite.
         """
-        tensors = dict(self.tensors())
+        tensors = dict(self.tensors("tensors"))
         for name, value in parts.items():
             old = tensors.get(name)
             if old is None:
@@ -87,30 +87,30 @@ class Staging:
 
     def zeroed(self, skipped: Sequence[str], version: str) -> Weights:
         """The present weights with zeros in the place of every tensor whose name has no part of `skipped`."""
-        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
+        tensors = self._tensors or stored_tensors(self.folder, change=None)
         named = {n: t for n, t in tensors.items() if not any(part in n for part in skipped)}
         return self.from_tensors({n: torch.zeros_like(t) for n, t in named.items()}, version)
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the bytes of every tensor of the present weights, by its on-disk name."""
-        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
+        tensors = self._tensors or stored_tensors(self.folder, change=None)
         flat = ((name, tensor.contiguous().view(-1).view(torch.uint8)) for name, tensor in tensors.items())
         return {name: hashlib.sha256(data.numpy().tobytes()).hexdigest() for name, data in flat}
 
     def values(self, name: str, count: int) -> list[float]:
         """The first numbers of a tensor of the present weights, by its on-disk name. Raises FullarcError."""
-        tensors = self._tensors or stored_tensors(self.folder, to_change=False)
+        tensors = self._tensors or stored_tensors(self.folder, change=None)
         if name not in tensors:
             raise FullarcError(f"The model has no tensor {name[:200]}.", "Use on-disk names of this model.")
         return tensors[name].flatten()[:count].float().tolist()
 
-    def tensors(self, coming: bool = False) -> dict[str, Tensor]:
+    def tensors(self, change: Change, coming: bool = False) -> dict[str, Tensor]:
         """On-disk names and tensors of the present weights, or of those put together last.
 
-        Raises FullarcError if they are quantised.
+        Raises FullarcError if they are quantised and cannot `change` so.
         """
         folder, tensors = self._next if coming else (self.folder, self._tensors)
-        return tensors or stored_tensors(folder)
+        return tensors or stored_tensors(folder, change)
 
 
 def _check_manifest(manifest: Path, sha256: str) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -83,6 +83,9 @@ def is_loopback(host: str) -> bool:
 class Group:
     """The engine's place in a trainer's group. `name` None: rank 0 opened a plain one. One thread at a time.
 
+    `hosts`: the engine is rank 0 and hosts the store, and the last rank sends (TRL's way). `begun` gets the group
+    before the others are waited for, and may close it.
+
     Raises FullarcError if the others do not come within `timeout_s`.
     """
 
@@ -94,9 +97,12 @@ class Group:
         world_size: int,
         name: str | None = None,
         timeout_s: float = WAIT_S,
+        *,
+        hosts: bool = False,
+        begun: Callable[["Group"], None] = lambda _: None,
     ) -> None:
         host = host.strip("[]")
-        if not (0 < rank < world_size <= 2**16 and 0 < port < 2**16):
+        if not ((rank == 0 if hosts else rank > 0) and rank < world_size <= 2**16 and 0 < port < 2**16):
             raise FullarcError(
                 f"Rank {rank} of {world_size} at port {port} is no place in a group.",
                 "Rank 0 is the trainer's; engines have 1 and more.",
@@ -107,11 +113,12 @@ class Group:
             [sys.executable, "-m", "fullarc.engine.receiver"], env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        begun(self)
         order = {"host": host, "port": port, "rank": rank, "world_size": world_size, "name": name}
         self._ask(
             order | {"timeout_s": timeout_s}, START_S + timeout_s,
             f"The group at {self.where} did not come together within {timeout_s:g} s",
-            "Rank 0 must host its store there, and all ranks must come.",
+            "All ranks must come." if hosts else "Rank 0 must host its store there, and all ranks must come.",
         )  # fmt: skip
 
     def receive(

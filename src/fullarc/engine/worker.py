@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from fullarc.engine.scheduler import Scheduler
@@ -21,12 +22,16 @@ class Worker:
     """Runs `scheduler` in a daemon thread until `stop`; `after` is called behind every step and every call.
 
     What a step leaves to be done later is done before a call, so a function finds all as that step has left it.
+
+    Attributes:
+        sleep_s: how long to wait between two steps, for tests of what is before the engine; calls do not wait.
     """
 
     def __init__(self, scheduler: Scheduler, after: Callable[[], None] = lambda: None) -> None:
         self.scheduler, self.after = scheduler, after
         self.error: BaseException | None = None
-        self.busy_s = 0.0
+        self.busy_s = self.sleep_s = 0.0
+        self._stepped = 0.0  # when the last step ended
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -61,19 +66,25 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            while not (self._calls.empty() and not self.scheduler.idle):
-                call = self._calls.get()
-                if call is None:
-                    return
-                self._step(self.scheduler.settle)
-                call()
-                self.after()
+            while self.scheduler.idle or not self._calls.empty() or self._early_s() > 0:
+                with suppress(queue.Empty):
+                    call = self._calls.get(timeout=None if self.scheduler.idle else self._early_s())
+                    if call is None:
+                        return
+                    self._step(self.scheduler.settle)
+                    call()
+                    self.after()
             begin = time.monotonic()
             self._step(self.scheduler.step)
-            self.busy_s += time.monotonic() - begin
+            self._stepped = time.monotonic()
+            self.busy_s += self._stepped - begin
             self.scheduler.behind.later(self.after)
             if self.scheduler.idle:
                 self._step(self.scheduler.settle)
+
+    def _early_s(self) -> float:
+        """How long it is until the next step may begin."""
+        return max(self._stepped + self.sleep_s - time.monotonic(), 0.0) if self.sleep_s else 0.0
 
     def _step(self, work: Callable[[], None]) -> None:
         try:

@@ -108,6 +108,7 @@ class EngineClient:
     ) -> None:
         self.url = url.rstrip("/")
         self.engines: list[EngineClient] = [self]
+        self.name = "0"
         self.retries = retries
         timeout = httpx.Timeout(timeout_s, connect=5.0, pool=None)
         self._http = httpx.AsyncClient(

@@ -125,7 +125,7 @@ class Gateway:
             Route("/sessions/{session}", self._delete, methods=["DELETE"]),
         ]
         if passing:
-            routes += [*Workers(engine, model).routes(), Route("/{path:path}", passing)]
+            routes += [*Workers(engine, model, api_key is not None).routes(), Route("/{path:path}", passing)]
         handlers: dict[Any, Any] = {
             HTTPException: _http_error,
             BadRequest: _bad_request,

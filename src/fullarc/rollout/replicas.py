@@ -1,34 +1,57 @@
 """Several engines with the same weights, used as one (data parallelism of rollouts and of `fullarc serve`).
 
 Which engine answers changes nothing but the time: what a request gets depends on its tokens, its seed and the weights.
-A session stays with one engine, where its prefix is cached; other requests go to the engine with the fewest in flight.
-Information is the first engine's. Groups that broadcast weights have a rank per engine, so each must join by itself.
+A session stays with one engine, where its prefix is cached, also when others come and go; other requests go to the
+engine with the fewest in flight. Information is put together (`merged`) or is the first engine's. Groups that broadcast
+weights have a rank per engine, so each must join by itself.
 
-Invariant: what changes an engine (weights, pause) is sent to all of them and has happened to all when it returns; the
-answer is that of one that refused, if any did.
+Invariants: what changes an engine (weights, pause) is sent to all of them and has happened to all when it returns; the
+answer is that of one that refused, if any did. Engines in use have the same weights: where an update that comes over
+HTTP succeeds with some and fails with others, those others are taken out, and the answer says so.
 """
 
 import asyncio
-import zlib
+import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
-from fullarc.chat.openai import BadRequest
-from fullarc.rollout.engine_client import ROUTING_HEADER, SESSION_HEADER, Completion, EngineClient, Sampling
+from fullarc.chat.openai import BadRequest, dump
+from fullarc.config.seeds import derive
+from fullarc.rollout.engine_client import (
+    ROUTING_HEADER,
+    SESSION_HEADER,
+    Completion,
+    EngineClient,
+    EngineError,
+    Sampling,
+)
+from fullarc.rollout.merged import MERGES, merged, metrics, read_object
 
 # answered by one engine, all else that is not GET by all
 ONE = frozenset(
     ("/generate", "/inference/v1/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
      "/v1/messages/count_tokens", "/v1/score", "/v1/embeddings", "/encode", "/tokenize", "/v1/tokenize", "/detokenize",
-     "/v1/detokenize", "/parse_function_call", "/separate_reasoning", "/get_weights_by_name")
+     "/v1/detokenize", "/parse_function_call", "/separate_reasoning", "/get_weights_by_name", "/open_session",
+     "/close_session", "/v1/chat/completions/tokens", "/generate/", "/chat/", "/get_sequence_logprobs/", "/classify")
 )  # fmt: skip
-ALL = frozenset(("/flush_cache", "/health_generate", "/ready", "/ping", "/liveness"))  # by all, even as GET
+KEYED = frozenset(("/open_session", "/close_session"))  # by one, and the same one for all of the session
+ALL = frozenset(
+    ("/flush_cache", "/health_generate", "/ready", "/ping", "/liveness", "/health/")
+)  # even as GET
+METRICS = ("/metrics", "/engine_metrics")
+PROBE_S = 10.0
+Headers = list[tuple[bytes, bytes]]
+UPDATES = frozenset(
+    ("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_ipc", "/end_weight_update",
+     "/update_weight_version", "/update_weights", "/finish_weight_update", "/areal_update_weights", "/collective_rpc")
+)  # fmt: skip
 JOINS = frozenset(
     ("/init_weights_update_group", "/areal_init_weights_update_group", "/init_weight_transfer_engine",
-     "/init_broadcaster")
+     "/init_broadcaster", "/init_communicator/")
 )  # fmt: skip
 
 
@@ -36,13 +59,49 @@ class Replicas(EngineClient):
     """A client of all engines at `urls`; the arguments are those of `EngineClient`."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, retries: int = 5) -> None:
-        self.url = ", ".join(urls)
-        self.engines = [EngineClient(url, timeout_s, retries) for url in urls]
-        self._in_flight = [0] * len(urls)
+        self._timeout_s, self.retries = timeout_s, retries
+        self._numbers, self._changing = itertools.count(), asyncio.Lock()
+        self.engines: list[EngineClient] = []
+        self._in_flight: dict[EngineClient, int] = {}
+        for url in urls:
+            self.add(url)
+
+    def add(self, url: str) -> EngineClient:
+        """Use the engine at `url` from now on. Its weights must be those of the others."""
+        engine = EngineClient(url, self._timeout_s, self.retries)
+        engine.name = str(next(self._numbers))
+        self._in_flight[engine] = 0
+        self.engines.append(engine)
+        self.url = ", ".join(engine.url for engine in self.engines)
+        return engine
+
+    async def join(self, url: str) -> EngineClient:
+        """Use one more engine. Raises BadRequest unless it answers and has the weights of the others."""
+        async with self._changing:
+            async with EngineClient(url, PROBE_S, retries=0) as probe:
+                try:
+                    theirs, ours = await probe.info(), await self.engines[0].info()
+                except EngineError as error:
+                    raise BadRequest(f"{url} is not added: {error}", "url") from None
+            for name in ("weight_version", "vocab_size", "max_model_len"):
+                if theirs.get(name) != ours.get(name):
+                    raise BadRequest(
+                        f"{url} has {name} {theirs.get(name)}, the others {ours.get(name)}: make them equal.",
+                        "url",
+                    )
+            return self.add(url)
+
+    async def remove(self, engine: EngineClient) -> None:
+        """Send it nothing more; what it is doing it ends."""
+        self.engines.remove(engine)
+        self.url = ", ".join(engine.url for engine in self.engines)
+        if not self._in_flight[engine]:
+            del self._in_flight[engine]
+            await engine.close()
 
     async def close(self) -> None:
-        """Close the connections to all."""
-        await asyncio.gather(*(engine.close() for engine in self.engines))
+        """Close the connections to all, also to those that were removed."""
+        await asyncio.gather(*(engine.close() for engine in self._in_flight))
 
     async def stream(
         self, ids: Sequence[int], sampling: Sampling, session: str | None = None
@@ -58,26 +117,83 @@ class Replicas(EngineClient):
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: AsyncIterator[bytes] | None
+        self, method: str, path: str, headers: Headers, content: AsyncIterator[bytes] | None
     ) -> AsyncIterator[httpx.Response]:
         """See `EngineClient.open`; a body that all get is held in memory."""
         bare = path.partition("?")[0]
-        if bare in JOINS:
-            raise BadRequest(f"{bare} is for one engine, and these are {len(self.engines)}: GET /workers.")
-        if bare in ONE:
-            said = httpx.Headers(headers)
-            session = said.get(ROUTING_HEADER) or said.get(SESSION_HEADER)
+        said = httpx.Headers(headers)
+        session = said.get(ROUTING_HEADER) or said.get(SESSION_HEADER)
+        if len(self.engines) > 1:
+            self._check(bare, session)
+        if bare in METRICS:
+            yield await self._metrics(headers)
+        elif bare in ONE or len(self.engines) == 1:
             with self._one(session) as engine:
                 async with engine.open(method, path, headers, content) as response:
                     yield response
-        elif method in ("GET", "HEAD") and bare not in ALL:
+        elif method in ("GET", "HEAD") and bare not in ALL and bare not in MERGES:
             async with self.engines[0].open(method, path, headers, content) as response:
                 yield response
         else:
             body = None if content is None else [part async for part in content]
-            asked = [_whole(engine, method, path, headers, body) for engine in self.engines]
-            replies = await asyncio.gather(*asked)
-            yield next((reply for reply in replies if not reply.is_success), replies[0])
+            async with self._changing if bare in UPDATES else nullcontext():
+                reply = await self._all(method, path, headers, body)
+            yield reply
+
+    def _check(self, bare: str, session: str | None) -> None:
+        """Raise BadRequest for what only one engine can do."""
+        count = len(self.engines)
+        if bare in JOINS:
+            raise BadRequest(f"{bare} is for one engine, and these are {count}: GET /workers.")
+        if bare in KEYED and not session:
+            raise BadRequest(
+                f"{bare}: a session is one engine's, and these are {count}. "
+                f"Name it in {ROUTING_HEADER}, in all requests of the session."
+            )
+
+    async def _all(
+        self, method: str, path: str, headers: Headers, body: list[bytes] | None
+    ) -> httpx.Response:
+        """The answer of all engines."""
+        bare, engines = path.partition("?")[0], list(self.engines)
+        asked = (_whole(engine, method, path, headers, body) for engine in engines)
+        replies = dict(zip(engines, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+        good = [r for r in replies.values() if isinstance(r, _Whole) and r.status < 400]
+        refusals = {e: r for e, r in replies.items() if not (isinstance(r, _Whole) and r.status < 400)}
+        if refusals and good and bare in UPDATES:
+            return await self._without(refusals, good[0])
+        for refusal in refusals.values():
+            if isinstance(refusal, BaseException):
+                raise refusal
+            return refusal.sent()
+        if bare in MERGES:
+            return replace(good[0], body=merged(bare, [reply.body for reply in good])).sent()
+        return good[0].sent()
+
+    async def _without(
+        self, refusals: "dict[EngineClient, _Whole | BaseException]", good: "_Whole"
+    ) -> httpx.Response:
+        """Take engines out that have not the weights of the others, and say so in the answer of one of those."""
+        gone = []
+        for engine, why in refusals.items():
+            said = why.body.decode(errors="replace") if isinstance(why, _Whole) else type(why).__name__
+            gone.append({"id": engine.name, "url": engine.url, "said": said[:1000]})
+            if engine in self.engines:
+                await self.remove(engine)
+        told = read_object(good.body)
+        names = ", ".join(one["url"] for one in gone)
+        message = f"{told.get('message', '')} Taken out, because the update failed there: {names}.".strip()
+        return replace(good, body=dump(told | {"message": message, "taken_out": gone})).sent()
+
+    async def _metrics(self, headers: Headers) -> httpx.Response:
+        """The samples of all engines that answer, which engine's they are in a label."""
+        asked = (_whole(engine, "GET", "/metrics", headers, None) for engine in self.engines)
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        found = {e.url: r for e, r in zip(self.engines, replies, strict=False) if isinstance(r, _Whole)}
+        if not found:
+            raise httpx.ConnectError("no engine answers")
+        text = metrics({url: reply.body.decode() for url, reply in found.items() if reply.status == 200})
+        return replace(next(iter(found.values())), status=200, body=text.encode()).sent()
 
     async def _send(self, method: str, path: str, body: dict[str, Any] | None, session: str | None) -> Any:
         if path == "/generate":
@@ -89,29 +205,38 @@ class Replicas(EngineClient):
 
     @contextmanager
     def _one(self, session: str | None) -> Iterator[EngineClient]:
-        count = len(self.engines)
         if session is None:
-            chosen = min(range(count), key=self._in_flight.__getitem__)
-        else:
-            chosen = zlib.crc32(session.encode()) % count
+            chosen = min(self.engines, key=self._in_flight.__getitem__)
+        else:  # of each session's own order of the engines the first: others that go or come change nothing
+            chosen = max(self.engines, key=lambda engine: derive(0, session, engine.name))
         self._in_flight[chosen] += 1
         try:
-            yield self.engines[chosen]
+            yield chosen
         finally:
             self._in_flight[chosen] -= 1
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """One engine's answer, complete."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    def sent(self) -> httpx.Response:
+        """The same as if it still came."""
+        headers = [(k, v) for k, v in self.headers.raw if k.lower() != b"content-length"]
+        length = (b"content-length", str(len(self.body)).encode())
+        return httpx.Response(self.status, headers=[*headers, length], content=_parts([self.body]))
+
+
 async def _whole(
-    engine: EngineClient,
-    method: str,
-    path: str,
-    headers: list[tuple[bytes, bytes]],
-    body: list[bytes] | None,
-) -> httpx.Response:
-    """One engine's answer, complete, as if it still came."""
+    engine: EngineClient, method: str, path: str, headers: Headers, body: list[bytes] | None
+) -> _Whole:
     async with engine.open(method, path, headers, None if body is None else _parts(body)) as response:
         data = [part async for part in response.aiter_raw()]
-    return httpx.Response(response.status_code, headers=response.headers, content=_parts(data))
+    return _Whole(response.status_code, response.headers, b"".join(data))
 
 
 async def _parts(parts: list[bytes]) -> AsyncIterator[bytes]:

@@ -124,6 +124,11 @@ class EngineProcess:
         if not self.told:
             self.stop()
             raise FullarcError(f"The engine did not start: {self.words() or 'it said nothing'}")
+        return self.url
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
         return f"http://127.0.0.1:{self.told['port']}"
 
     def __exit__(self, *_: object) -> None:
@@ -197,8 +202,7 @@ def local_gateway(
         else:
             with ThreadPoolExecutor() as pool:  # all at once
                 urls = list(pool.map(stack.enter_context, engines))
-        client = EngineClient(urls[0]) if len(urls) == 1 else Replicas(urls)
-        yield Gateway(client, tok, model=name, max_len=max_len, api_key=api_key, passes=passes)
+        yield Gateway(Replicas(urls), tok, model=name, max_len=max_len, api_key=api_key, passes=passes)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -252,7 +256,8 @@ def main(argv: Sequence[str]) -> int:
     with listener, local_gateway(model, engines or args.engine, max_len, args.api_key, passes) as gateway:
         server = uvicorn.Server(uvicorn.Config(gateway.app, log_level="warning", lifespan="off"))
         if engines:
-            threading.Thread(target=_stop_with, args=(engines, server), daemon=True).start()
+            used = gateway.engine.engines
+            threading.Thread(target=_stop_with, args=(engines, used, server), daemon=True).start()
         host = f"[{args.host}]" if ":" in args.host else args.host
         at = f"http://{host}:{listener.getsockname()[1]}"
         print(
@@ -266,7 +271,7 @@ def main(argv: Sequence[str]) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down cleanly and passes the signal on
             server.run(sockets=[listener])
         for engine in engines:
-            if engine.dead():
+            if _missed(engine, gateway.engine.engines):
                 raise FullarcError(f"The engine ended: {engine.words() or 'it said nothing'}", "Start again.")
     return 0
 
@@ -281,7 +286,14 @@ def _engine_options(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _stop_with(engines: Sequence[EngineProcess], server: uvicorn.Server) -> None:
-    while not any(engine.dead() for engine in engines):
+def _stop_with(
+    engines: Sequence[EngineProcess], used: Sequence[EngineClient], server: uvicorn.Server
+) -> None:
+    while not any(_missed(engine, used) for engine in engines):
         time.sleep(0.5)
     server.should_exit = True
+
+
+def _missed(engine: EngineProcess, used: Sequence[EngineClient]) -> bool:
+    """Whether it has ended and was not removed before."""
+    return engine.dead() and any(client.url == engine.url for client in list(used))

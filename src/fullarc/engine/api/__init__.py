@@ -6,6 +6,8 @@ fields.py     sampling parameters in everybody's names
 text.py       what sampled tokens say, as they come
 choices.py    routed experts, indexer sets and sampling supports in everybody's forms
 sglang.py     /generate                          control.py   pause, abort, flush, health, information
+sessions.py   SGLang's sessions of /generate     rpc.py       vLLM's /collective_rpc
+trl.py        the routes of `trl vllm-serve`     communicator.py   … and how its weights come
 tito.py       vLLM's /inference/v1/generate      vllm.py      vLLM's names for control, and the tokenizer
 updates.py    weights while running              transfer.py  … by broadcast from a trainer
 upkeep.py     weight checks, sleep               scores.py    log-probs of labels, embeddings

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +17,8 @@ from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.service import EventStream, Service, Watch, event
-from fullarc.engine.api.whose import WhoseBody, assign
+from fullarc.engine.api.service import Service, Watch, event
+from fullarc.engine.api.whose import WhoseBody
 from fullarc.engine.request import Request
 
 
@@ -79,14 +80,10 @@ class Anthropic:
         """The next turn of a conversation."""
         body = await read_body(http, MessagesBody)
         conversation = await aside(http, lambda: self._conversation(body))
-        assign(self.service, http, WhoseBody(model=body.model), conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        turn, request = conversation.read(0), conversation.requests[0]
-        content = {"content": dialect.content_blocks(turn.message)}
-        return answer(self._head(conversation) | content | _end(turn, request))
+        return await conversation.reply(
+            http, WhoseBody(model=body.model), body.stream,
+            partial(self._events, conversation), lambda: self._whole(conversation),
+        )  # fmt: skip
 
     def _conversation(self, body: MessagesBody) -> Conversation:
         sampling = OpenAISampling.model_construct(
@@ -107,23 +104,22 @@ class Anthropic:
             several=use.several,
         )
 
+    def _whole(self, conversation: Conversation) -> dict[str, Any]:
+        turn = conversation.read(0)
+        content = {"content": dialect.content_blocks(turn.message)}
+        return self._head(conversation) | content | _end(turn, conversation.requests[0])
+
     def _head(self, conversation: Conversation) -> dict[str, Any]:
         usage = _usage(conversation.requests[0])
         return dialect.message_head(f"msg_{conversation.name}", self.service.name, usage)
 
     async def _events(self, conversation: Conversation, watch: Watch) -> AsyncIterator[bytes]:
-        request, growing = conversation.requests[0], Growing(conversation, 0)
         yield _event({"type": "message_start", "message": self._head(conversation)})
         blocks = dialect.BlockEvents()
-        while True:
-            await watch.changed()
-            done = bool(request.finish)
-            growing.news()
-            if done:
-                break
-            for data in blocks.grow(growing.turn.reasoning, growing.turn.content):
+        async for grown in Growing(conversation, 0).turns(watch):
+            for data in blocks.grow(grown.reasoning, grown.content):
                 yield _event(data)
-        turn = conversation.read(0)
+        turn, request = conversation.read(0), conversation.requests[0]
         for data in blocks.end(turn.message):
             yield _event(data)
         end = _end(turn, request)

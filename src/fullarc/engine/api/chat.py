@@ -5,13 +5,14 @@ add up to the message that the same request gets without streaming.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from fullarc.chat import Message, Tokenizer, render
+from fullarc.chat import Message, render
 from fullarc.chat.forced import CallGuide
 from fullarc.chat.openai import (
     BadRequest,
@@ -73,8 +74,14 @@ class ChatBody(OpenAISampling, ExpertsBody, WhoseBody):
     audio: None = None
 
 
+class TokensBody(ChatBody):
+    """POST /v1/chat/completions/tokens, verifiers' and prime-rl's: the ids of the prompt, beside the messages."""
+
+    tokens: Ids
+
+
 class Conversation:
-    """One request for the next turn: its prompt, its samples, and how they are read. Both chat dialects use it."""
+    """One request for the next turn: its prompt, its samples, and how they are read. All chat dialects use it."""
 
     def __init__(
         self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
@@ -82,7 +89,7 @@ class Conversation:
         ids: list[int] | None = None, choices: Callable[[], Choices | None] = lambda: None,
         forced: Sequence[str] | None = None, several: bool = True,
     ) -> None:  # fmt: skip
-        self.tok: Tokenizer = service.text
+        self.service, self.tok = service, service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:
             service.check_length(sum(len(message.content) + len(message.reasoning) for message in messages))
@@ -114,6 +121,18 @@ class Conversation:
         if forced is None and (several or not self.tools):
             return None
         return CallGuide(self.tok, self.tools or (), forced, self.thinking, several)
+
+    async def reply(
+        self, http: HttpRequest, whose: WhoseBody, stream: bool | None,
+        events: Callable[[Watch], AsyncIterator[bytes]], whole: Callable[[], dict[str, Any]],
+    ) -> Response:  # fmt: skip
+        """The samples as the dialect writes them: as events while they grow, or as a whole."""
+        assign(self.service, http, whose, self.requests)
+        if stream:
+            watch = await self.service.submit(self.requests, each_token=True)
+            return EventStream(watch, events(watch))
+        await self.service.answer(http, self.requests)
+        return answer(whole())
 
     def usage(self) -> dict[str, Any]:
         """Token counts, those of thoughts told apart."""
@@ -152,6 +171,16 @@ class Growing:
         self._fed = self._length = 0
         self.tokens = 0
 
+    async def turns(self, watch: Watch) -> AsyncIterator[GrowingTurn]:
+        """The turn, each time that it may have grown, until the sample has ended."""
+        while True:
+            await watch.changed()
+            done = bool(self.request.finish)  # read first: when it is set, all tokens are there
+            self.news()
+            if done:
+                return
+            yield self.turn
+
     def news(self) -> tuple[str, str]:
         """What reasoning and content have gained."""
         request, stops = self.request, self.request.stops
@@ -168,25 +197,36 @@ class Growing:
 
 
 class Chat:
-    """The handler."""
+    """The handlers."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def endpoints(self) -> list[Endpoint]:
-        """The route."""
-        return [Endpoint("/v1/chat/completions", self.chat, body=ChatBody)]
+        """The routes."""
+        return [
+            Endpoint("/v1/chat/completions", self.chat, body=ChatBody),
+            Endpoint("/v1/chat/completions/tokens", self.tokens, body=TokensBody),
+        ]
 
     async def chat(self, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
-        body = await read_body(http, ChatBody)
+        return await self._reply(http, await read_body(http, ChatBody))
+
+    async def tokens(self, http: HttpRequest) -> Response:
+        """The next turn of a conversation that is given as ids."""
+        body = await read_body(http, TokensBody)
+        return await self._reply(http, body.model_copy(update={"input_ids": body.tokens}))
+
+    async def _reply(self, http: HttpRequest, body: ChatBody) -> Response:
         conversation = await aside(http, lambda: self._conversation(body))
-        assign(self.service, http, body, conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(body, conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        return answer(self._whole(body, conversation))
+        return await conversation.reply(
+            http,
+            body,
+            body.stream,
+            partial(self._events, body, conversation),
+            lambda: self._whole(body, conversation),
+        )
 
     def _conversation(self, body: ChatBody) -> Conversation:
         kwargs = body.chat_template_kwargs or {}

@@ -1,11 +1,13 @@
-"""SGLang's routes that steer and describe the engine: pause, continue, abort, flush, health, information, loads."""
+"""SGLang's routes that steer and describe the engine: pause, continue, abort, flush, health, information, loads,
+slowness and bounds.
+"""
 
 import importlib.metadata
 import time
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
@@ -30,6 +32,36 @@ class AbortBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
     rid: str | None = None
     abort_all: bool = False
+
+
+class SlowBody(BaseModel):
+    """POST /slow_down."""
+
+    model_config = ConfigDict(extra="ignore")
+    forward_sleep_time: float | None = Field(
+        None, le=3600, description="seconds between two steps; none or 0: none"
+    )
+
+
+class Bounds(BaseModel):
+    """The arguments of the server that can be changed while it runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_running_requests: int | None = Field(
+        None,
+        strict=True,
+        ge=1,
+        validation_alias=AliasChoices("max_running_requests", "pp_max_micro_batch_size"),
+    )
+    max_queued_requests: int | None = Field(None, strict=True, ge=0)
+
+
+class StateBody(BaseModel):
+    """POST /set_internal_state."""
+
+    model_config = ConfigDict(extra="ignore")
+    server_args: Bounds
 
 
 def pause(scheduler: Scheduler, mode: str) -> None:
@@ -63,6 +95,8 @@ class Control:
             Endpoint("/get_model_info", self.model_info, get),
             Endpoint("/server_info", self.server_info, get),
             Endpoint("/get_server_info", self.server_info, get),
+            Endpoint("/slow_down", self.slow_down, body=SlowBody),
+            Endpoint("/set_internal_state", self.set_state, ("POST", "PUT"), StateBody),
             Endpoint("/get_weight_version", self.weight_version, get),
             Endpoint("/weight_version", self.weight_version, get),
             Endpoint("/v1/loads", self.loads, get),
@@ -151,7 +185,7 @@ class Control:
             "pp_size": 1,
             "disaggregation_mode": "null",
             "speculative_num_steps": s.drafter.steps if s.drafter else None,
-            "max_running_requests": s.core.cache.slots,
+            "max_running_requests": s.max_running,
             "max_queued_requests": s.max_queue,
             "max_total_num_tokens": s.core.cache.slots * s.max_len,
             "context_length": s.max_len,
@@ -159,7 +193,46 @@ class Control:
             "enable_deterministic_inference": service.deterministic,
             "model_config": s.weights.config.to_hf(),
             "uptime_s": time.time() - service.started,
+            "internal_states": [self._state()],
+            "version": importlib.metadata.version("fullarc"),
         })  # fmt: skip
+
+    def _state(self) -> dict[str, Any]:
+        """What may change while the engine runs, in SGLang's words."""
+        s, worker = self.service.scheduler, self.service.worker
+        return {
+            "effective_max_running_requests_per_dp": s.max_running,
+            "max_queued_requests": s.max_queue,
+            "forward_sleep_time": worker.sleep_s or None,
+            "last_gen_throughput": s.counters.generated_tokens / worker.busy_s if worker.busy_s else 0.0,
+            "avg_spec_accept_length": s.counters.spec.accept_length,
+            "paused": s.paused,
+        }
+
+    async def slow_down(self, http: HttpRequest) -> Response:
+        """Wait between two steps from now on, that a queue grows; for tests."""
+        wait = (await read_body(http, SlowBody)).forward_sleep_time
+        await self.service.on_engine(lambda _: setattr(self.service.worker, "sleep_s", max(wait or 0.0, 0.0)))
+        return answer(None)
+
+    async def set_state(self, http: HttpRequest) -> Response:
+        """Bound from now on how many requests run and wait; those that do already stay."""
+        bounds, slots = (
+            (await read_body(http, StateBody)).server_args,
+            self.service.scheduler.core.cache.slots,
+        )
+        if bounds.max_running_requests and bounds.max_running_requests > slots:
+            raise RequestError(
+                f"max_running_requests {bounds.max_running_requests} is more than --max-batch {slots}."
+            )
+
+        def act(scheduler: Scheduler) -> None:
+            scheduler.max_running = bounds.max_running_requests or scheduler.max_running
+            if bounds.max_queued_requests is not None:
+                scheduler.max_queue = bounds.max_queued_requests
+
+        await self.service.on_engine(act)
+        return answer([True])
 
     async def weight_version(self, _http: HttpRequest) -> Response:
         """The version that samples the next token."""

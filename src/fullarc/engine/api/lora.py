@@ -130,7 +130,7 @@ class Loras:
     def _made(self, name: str, folder: str) -> Adapter:
         weights = self.service.scheduler.weights
         deltas = read_adapter(folder, weights.config)
-        merged = merge(weights, self.updates.staging.tensors(), deltas, folder)
+        merged = merge(weights, self.updates.staging.tensors("adapters"), deltas, folder)
         return Adapter(name, folder, deltas, merged)
 
     async def _unload(self, name: str) -> bool:

@@ -50,9 +50,13 @@ def usage(requests: Sequence[Request], prompts: int) -> dict[str, Any]:
 
 def head(service: Service, name: str, kind: str, requests: Sequence[Request]) -> dict[str, Any]:
     """The fields that every answer and chunk begins with."""
-    version = requests[0].weight_version or service.scheduler.version
     return {"id": name, "object": kind, "created": int(time.time()), "model": service.name,
-            "metadata": {"weight_version": version}}  # fmt: skip
+            "metadata": weights_used(service, requests)}  # fmt: skip
+
+
+def weights_used(service: Service, requests: Sequence[Request]) -> dict[str, str]:
+    """What `metadata` tells: the weights of the last token, or of the next one before there is any."""
+    return {"weight_version": requests[0].weight_version or service.scheduler.version}
 
 
 def ended(request: Request) -> str:

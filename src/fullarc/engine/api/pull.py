@@ -1,8 +1,9 @@
 """Published weights come to this host: slime's /pull_weights, before /update_weights_from_disk.
 
-A trainer publishes version N as the folder `weight_v{N:06d}` on a file system that both see. Here it is copied as a
-whole into a folder of this host, which is replaced at once or not at all. Versions that are published as differences
-from earlier ones are refused.
+A trainer publishes version N as the folder `weight_v{N:06d}` on a file system that both see: a whole checkpoint, or
+what has changed since the version before (see `deltas`). Here the newest whole one up to the version that is asked for,
+or what was pulled before, or for version 0 the engine's first checkpoint, is copied into a folder of this host, with
+all changes from there on; the folder is replaced at once or not at all.
 
 Invariant: only a folder that came by pulling is ever replaced.
 """
@@ -11,6 +12,7 @@ import asyncio
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
@@ -21,6 +23,7 @@ from fullarc.config.files import MANIFEST, atomic_dir, verify_manifest
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.updates import Updates
+from fullarc.engine.deltas import apply_delta, delta_metadata
 from fullarc.model.checkpoint import load_config
 
 MARK = "pulled.json"
@@ -39,8 +42,7 @@ class Pull:
     """The handler."""
 
     def __init__(self, service: Service, updates: Updates) -> None:
-        del service
-        self.updates = updates
+        self.updates, self.base = updates, Path(service.model_path)
 
     def endpoints(self) -> list[Endpoint]:
         """The route."""
@@ -51,9 +53,8 @@ class Pull:
         body = await read_body(http, PullBody)
         try:
             async with self.updates.lock:  # not while a folder is being read
-                await asyncio.to_thread(
-                    pull, Path(body.source_dir), Path(body.local_checkpoint_dir), body.target_version
-                )
+                where = Path(body.source_dir), Path(body.local_checkpoint_dir)
+                await asyncio.to_thread(pull, *where, body.target_version, self.base)
         except FullarcError as error:
             return answer({"success": False, "message": str(error)}, 400)
         return answer(
@@ -61,32 +62,55 @@ class Pull:
         )
 
 
-def pull(source: Path, local: Path, version: int) -> None:
-    """Make `local` a copy of the published `version`; nothing is done if it is one already.
+def pull(source: Path, local: Path, version: int, base: Path | None = None) -> None:
+    """Make `local` the published `version`; nothing is done if it is that already. `base`: version 0.
 
     Raises FullarcError if there is no such version, or `local` is a folder of somebody's own.
     """
-    published = source / f"weight_v{version:06d}"
     try:
-        load_config(published)
-        if not list(published.glob("*.safetensors")):
-            raise FullarcError(f"{published} has no safetensors.", "Publish whole checkpoints.")
-        if (published / MANIFEST).is_file():
-            verify_manifest(published)
-        told = {"source": str(published.resolve()), "version": version}
-        if local.exists():
-            if not (local / MARK).is_file():
-                raise FullarcError(
-                    f"{local} is there and was not pulled, so it is not replaced.", "Name another folder."
-                )
-            if json.loads((local / MARK).read_text()) == told:
-                return
+        here = _pulled(local)
+        if here == _told(source, version):
+            return
+        first = version
+        while here != _told(source, first) and first > 0 and delta_metadata(_published(source, first)):
+            first -= 1
+        seed = local if here == _told(source, first) else _published(source, first)
+        if first == 0 and base and not seed.exists():
+            seed = base
+        load_config(seed)
+        if not list(seed.glob("*.safetensors")):
+            raise FullarcError(f"{seed} has no safetensors.", "Publish whole checkpoints first.")
+        if (seed / MANIFEST).is_file():
+            verify_manifest(seed)
         with atomic_dir(local) as made:
-            for file in sorted(published.iterdir()):
-                if file.is_file() and file.name != MANIFEST:
+            for file in sorted(seed.iterdir()):
+                if file.is_file() and file.name not in (MANIFEST, MARK):
                     shutil.copyfile(file, made / file.name)
-            (made / MARK).write_text(json.dumps(told))
-    except (OSError, ValueError) as error:
+            for number in range(first + 1, version + 1):
+                apply_delta(made, _published(source, number), number)
+            (made / MARK).write_text(json.dumps(_told(source, version)))
+    except (OSError, ValueError, KeyError) as error:
         if isinstance(error, FullarcError):
             raise
         raise FullarcError(f"Version {version} cannot be pulled from {source}: {error!r:.300}.") from None
+
+
+def _published(source: Path, version: int) -> Path:
+    return source / f"weight_v{version:06d}"
+
+
+def _told(source: Path, version: int) -> dict[str, Any]:
+    """What is noted of a version that was pulled."""
+    return {"source": str(source.resolve()), "version": version}
+
+
+def _pulled(local: Path) -> dict[str, Any] | None:
+    """What is noted in `local`; None if it is not there. Raises FullarcError if it was not pulled."""
+    if not local.exists():
+        return None
+    if not (local / MARK).is_file():
+        raise FullarcError(
+            f"{local} is there and was not pulled, so it is not replaced.", "Name another folder."
+        )
+    told: dict[str, Any] = json.loads((local / MARK).read_text())
+    return told

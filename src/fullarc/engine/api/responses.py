@@ -7,6 +7,7 @@ is refused; the client sends the items of the conversation instead.
 import itertools
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,9 +19,10 @@ from fullarc.chat.openai import BadRequest, read_tool_choice
 from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.service import EventStream, Service, Watch, event
-from fullarc.engine.api.whose import WhoseBody, assign
+from fullarc.engine.api.guard import Endpoint, aside, read_body
+from fullarc.engine.api.openai import weights_used
+from fullarc.engine.api.service import Service, Watch, event
+from fullarc.engine.api.whose import WhoseBody
 
 
 class ReasoningBody(BaseModel):
@@ -72,12 +74,10 @@ class Responses:
         """The next turn of a conversation, as items."""
         body = await read_body(http, ResponsesBody)
         conversation = await aside(http, lambda: self._conversation(body))
-        assign(self.service, http, body, conversation.requests)
-        if body.stream:
-            watch = await self.service.submit(conversation.requests, each_token=True)
-            return EventStream(watch, self._events(body, conversation, watch))
-        await self.service.answer(http, conversation.requests)
-        return answer(self._told(body, conversation, conversation.read(0)))
+        return await conversation.reply(
+            http, body, body.stream, partial(self._events, body, conversation),
+            lambda: self._told(body, conversation, conversation.read(0)),
+        )  # fmt: skip
 
     def _conversation(self, body: ResponsesBody) -> Conversation:
         if ((body.text or {}).get("format") or {"type": "text"}) != {"type": "text"}:
@@ -96,7 +96,7 @@ class Responses:
 
     def _told(self, body: ResponsesBody, conversation: Conversation, turn: Turn | None) -> dict[str, Any]:
         """The response; without `turn` it has only begun."""
-        request, name = conversation.requests[0], conversation.name
+        name = conversation.name
         status = _status(turn) if turn else "in_progress"
         reason = "max_output_tokens" if turn and turn.finish == "length" else "abort"
         used = conversation.usage()
@@ -115,14 +115,13 @@ class Responses:
             "temperature": conversation.wire.temperature, "text": {"format": {"type": "text"}},
             "tool_choice": body.tool_choice or "auto", "tools": body.tools or [], "top_p": conversation.wire.top_p,
             "truncation": "disabled", "usage": usage if turn else None,
-            "metadata": (body.metadata or {})
-            | {"weight_version": request.weight_version or self.service.scheduler.version},
+            "metadata": (body.metadata or {}) | weights_used(self.service, conversation.requests),
         }  # fmt: skip
 
     async def _events(
         self, body: ResponsesBody, conversation: Conversation, watch: Watch
     ) -> AsyncIterator[bytes]:
-        request, growing, numbers = conversation.requests[0], Growing(conversation, 0), itertools.count()
+        numbers = itertools.count()
 
         def made(data: dict[str, Any]) -> bytes:
             return event(data | {"sequence_number": next(numbers)}, data["type"])
@@ -131,13 +130,8 @@ class Responses:
         yield made({"type": "response.created", "response": begun})
         yield made({"type": "response.in_progress", "response": begun})
         items = dialect.ItemEvents(conversation.name)
-        while True:
-            await watch.changed()
-            done = bool(request.finish)
-            growing.news()
-            if done:
-                break
-            for data in items.grow(growing.turn.reasoning, growing.turn.content):
+        async for grown in Growing(conversation, 0).turns(watch):
+            for data in items.grow(grown.reasoning, grown.content):
                 yield made(data)
         turn = conversation.read(0)
         for data in items.end(turn.message, _status(turn)):

@@ -1,6 +1,7 @@
 """Tokens in, numbers out: probabilities of labels (POST /v1/score) and embeddings (POST /v1/embeddings, /encode).
 
-An embedding is the last hidden state of the sequence's last token, after the final norm.
+An embedding is the last hidden state of the sequence's last token, after the final norm. POST /classify, which asks
+reward models for the output of a classification head, is refused: no model here has one.
 """
 
 import base64
@@ -65,6 +66,7 @@ class Scores:
             Endpoint("/v1/score", self.score, body=ScoreBody),
             Endpoint("/v1/embeddings", self.embeddings, body=EmbeddingsBody),
             Endpoint("/encode", self.encode, body=EncodeBody),
+            Endpoint("/classify", self.classify),
         ]
 
     async def score(self, http: HttpRequest) -> Response:
@@ -135,6 +137,12 @@ class Scores:
         ]
         single = isinstance(given, str) or not isinstance(given[0], (list, str))
         return answer(answers[0] if single else answers)
+
+    async def classify(self, _http: HttpRequest) -> Response:
+        """There is nothing that could be told."""
+        raise RequestError(
+            "This model has no classification head.", "POST /v1/score gives the probabilities of labels."
+        )
 
     def _prompts(self, given: Any) -> list[list[int]]:
         if not given:

@@ -33,6 +33,7 @@ from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.worker import Worker
 
 T = TypeVar("T")
+End = Callable[[Request], None]
 STALL_S = 120.0
 CROWD, TELL_S = 16, 0.05
 
@@ -125,15 +126,19 @@ class Service:
         self._loop = asyncio.get_running_loop()
         watch = Watch(self, requests)
         for request in requests:
-            request.on_finish = watch.note_end
+            request.on_finish = _in_turn(request.on_finish, watch.note_end)
             request.on_token = watch.note if each_token else None
         watch.each_token = each_token
         await self.on_engine(lambda s: submit_all(s, requests))
         return watch
 
     async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
-        """Submit, and wait for the last end; a client that hangs up frees its slots."""
-        watch = await self.submit(requests)
+        """Submit, and wait for the last end."""
+        await self.finish(http, await self.submit(requests))
+        return requests
+
+    async def finish(self, http: HttpRequest, watch: "Watch") -> None:
+        """Wait for the last end; a client that hangs up frees its slots."""
         gone = asyncio.ensure_future(_disconnected(http.receive))
         try:
             done = asyncio.ensure_future(watch.changed())
@@ -144,8 +149,7 @@ class Service:
         finally:
             gone.cancel()
             watch.cancel()
-        http.state.weight_version = requests[0].weight_version or self.scheduler.version
-        return requests
+        http.state.weight_version = watch.requests[0].weight_version or self.scheduler.version
 
     # --- the way back from the engine's thread ----------------------------------------------------------------
 
@@ -276,6 +280,17 @@ async def in_thread(function: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="api", daemon=True).start()
     return await future
+
+
+def _in_turn(first: End | None, then: End) -> End:
+    """Both, or `then` where there is no `first`."""
+
+    def both(request: Request) -> None:
+        if first:
+            first(request)
+        then(request)
+
+    return both
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -16,6 +16,7 @@ from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sgla
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
 from fullarc.engine.request import QueueFullError, Request, RequestError
@@ -48,12 +49,12 @@ class GenerateBody(BaseModel):
     extra_key: Name | list[Name] = None
     cache_salt: Name | list[Name] = None
     lora_path: Name | list[Name] = Field(None, description="names of loaded adapters")
+    session_params: SessionParams | None = None
     # not implemented: only their neutral values are accepted
     input_embeds: None = None
     image_data: Annotated[list[Any], Field(max_length=0)] | None = None
     audio_data: None = None
     video_data: None = None
-    session_params: None = None
     return_hidden_states: Literal[False, None] = None
     max_thinking_tokens: None = None
     watermark: None = None
@@ -62,11 +63,13 @@ class GenerateBody(BaseModel):
 
 
 class Plan:
-    """One body, spread over its sequences: requests and how each is told."""
+    """One body, spread over its sequences: requests and how each is told. `turn`: its place in a session."""
 
-    def __init__(self, service: Service, body: GenerateBody) -> None:
+    def __init__(self, service: Service, body: GenerateBody, turn: Turn | None) -> None:
         self.service, self.body = service, body
         prompts, nested = _prompts(service, body)
+        if turn:
+            prompts = [turn.before + prompt for prompt in prompts]
         count, sampling = len(prompts), _spread(body.sampling_params, len(prompts), "sampling_params")
         self.batched = nested or any(wire.n > 1 for wire in sampling)
         total = sum(wire.n for wire in sampling)
@@ -118,6 +121,12 @@ class Plan:
             self.tellers += [
                 Teller(service, request, wire, told, body.return_text_in_logprobs, mask) for request in new
             ]
+        if turn:
+            if self.batched:
+                raise RequestError(
+                    "session_params is for one prompt and n = 1.", "Send one request for each."
+                )
+            turn.watch(self.requests[0])
 
 
 def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], bool]:
@@ -241,22 +250,24 @@ class Sglang:
     """The handlers. `endpoints` lists them."""
 
     def __init__(self, service: Service) -> None:
-        self.service = service
+        self.service, self.sessions = service, Sessions(service)
 
     def endpoints(self) -> list[Endpoint]:
         """The routes of this dialect."""
-        return [Endpoint("/generate", self.generate, ("POST", "PUT"), GenerateBody)]
+        generate = Endpoint("/generate", self.generate, ("POST", "PUT"), GenerateBody)
+        return [generate, *self.sessions.endpoints()]
 
     async def generate(self, http: HttpRequest) -> Response:
         """Sample from one or many prompts, or score them."""
         body = await read_body(http, GenerateBody)
-        plan = await aside(http, lambda: Plan(self.service, body))
-        for request in plan.requests:
-            request.session = session_of(http, body.routing_key)
+        async with self.sessions.turn(body.session_params) as turn:
+            plan = await aside(http, lambda: Plan(self.service, body, turn))
+            for request in plan.requests:
+                request.session = session_of(http, body.routing_key)
+            watch = await self.service.submit(plan.requests, each_token=body.stream)
         if body.stream:
-            watch = await self.service.submit(plan.requests, each_token=True)
             return EventStream(watch, _events(plan, watch))
-        await self.service.answer(http, plan.requests)
+        await self.service.finish(http, watch)
         answers = [tell() for tell in plan.tellers]
         return answer(answers if plan.batched else answers[0])
 

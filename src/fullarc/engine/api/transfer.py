@@ -163,7 +163,7 @@ class Transfer:
                     f"backend {body.backend[:50]!r} is not for CPUs.", 'Open the group with "gloo".'
                 )
             where = body.master_address, body.master_port, body.rank_offset, body.world_size
-            await self._join(body.group_name, body.master_address, lambda: Group(*where, body.group_name))
+            await self.join(body.group_name, body.master_address, lambda: Group(*where, body.group_name))
             return {"success": True, "message": f"Joined {body.group_name} as rank {body.rank_offset}."}
 
         return await self.updates.tell(join())
@@ -173,8 +173,7 @@ class Transfer:
         name = (await read_body(http, GroupNameBody)).group_name
 
         async def leave() -> dict[str, Any]:
-            self._group(name).close()
-            del self._groups[name]
+            self.leave(name)
             return {"success": True, "message": f"Left {name}."}
 
         return await self.updates.tell(leave())
@@ -200,9 +199,9 @@ class Transfer:
         return await self.updates.tell(receive())
 
     async def _from_group(self, body: TensorsBody) -> dict[str, Any]:
-        group, found = self._group(body.group_name), self._specs(body.names, body.dtypes, body.shapes)
+        group, found = self.group(body.group_name), self.expected(body.names, body.dtypes, body.shapes)
         form: Form = "bucket" if body.load_format == "flattened_bucket" else "each"
-        return await self.updates.parts(lambda: group.receive(form, found, limit=self._limit), body)
+        return await self.updates.parts(lambda: group.receive(form, found, limit=self.limit), body)
 
     # --- vLLM, prime-rl ---------------------------------------------------------------------------------------
 
@@ -210,14 +209,14 @@ class Transfer:
         """Join rank 0's plain group, for /update_weights with update_info."""
         info = (await read_body(http, InitBody)).init_info
         where = info.master_address, info.master_port, info.rank_offset, info.world_size
-        await self._join(VLLM, info.master_address, lambda: Group(*where))
+        await self.join(VLLM, info.master_address, lambda: Group(*where))
         self._packed = info.packed_buffer_size_bytes if info.packed else None
         return answer({"message": "Weight transfer initialized"})
 
     async def shutdown_engine(self, _http: HttpRequest) -> Response:
         """Leave that group."""
-        if group := self._groups.pop(VLLM, None):
-            group.close()
+        if VLLM in self._groups:
+            self.leave(VLLM)
         return answer({"message": "Weight transfer shut down"})
 
     async def init_broadcaster(self, http: HttpRequest) -> Response:
@@ -225,7 +224,7 @@ class Transfer:
         body = await read_body(http, BroadcasterBody)
         wait = min(body.timeout or WAIT_S, WAIT_S)
         where = body.host, body.port, body.rank_offset + 1, body.inference_world_size + 1
-        await self._join(PRIME, body.host, lambda: Group(*where, timeout_s=wait))
+        await self.join(PRIME, body.host, lambda: Group(*where, timeout_s=wait))
         return answer({"status": "ok"})
 
     async def start(self, _http: HttpRequest) -> Response:
@@ -236,13 +235,13 @@ class Transfer:
     async def update(self, http: HttpRequest) -> Response:
         """Weights from a broadcast or, as prime-rl sends them, from a folder; running requests keep their latents."""
         body = await read_body(http, WeightsBody)
-        keep, limit = UpdateBody(weight_version=body.weight_version), self._limit
+        keep, limit = UpdateBody(weight_version=body.weight_version), self.limit
         if body.update_info is not None:
             infos = body.update_info if isinstance(body.update_info, list) else [body.update_info]
             if len(infos) != 1:
                 raise FullarcError(f"update_info is for {len(infos)} workers; this engine is one.")
-            group = self._group(VLLM)
-            found = self._specs(infos[0].names, infos[0].dtype_names, infos[0].shapes)
+            group = self.group(VLLM)
+            found = self.expected(infos[0].names, infos[0].dtype_names, infos[0].shapes)
             form: Form = "each" if self._packed is None else "packed"
             told = await self.updates.parts(lambda: group.receive(form, found, self._packed or 0), keep)
         elif PRIME in self._groups:
@@ -271,25 +270,36 @@ class Transfer:
     # --- groups -----------------------------------------------------------------------------------------------
 
     @property
-    def _limit(self) -> int:
+    def limit(self) -> int:
         """Bytes that weights of this model can have at most."""
         return 8 * self.service.scheduler.weights.config.parameter_count(with_mtp=True) + 2**20
 
-    def _specs(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[Spec]:
-        return specs(names, dtypes, shapes, self._limit)
+    def expected(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[Spec]:
+        """What is announced. Raises FullarcError for what cannot be."""
+        return specs(names, dtypes, shapes, self.limit)
 
-    def _group(self, name: str) -> Group:
+    def group(self, name: str) -> Group:
+        """An open group. Raises FullarcError."""
         if name not in self._groups:
             raise FullarcError(f"There is no group {name}.", "Open it first.")
         return self._groups[name]
 
-    async def _join(self, name: str, host: str, join: Callable[[], Group]) -> None:
-        """Open a group in the place of one of that name."""
+    def leave(self, name: str) -> None:
+        """Close a group. Raises FullarcError if there is none of that name."""
+        self.group(name).close()
+        del self._groups[name]
+
+    def check_host(self, host: str) -> None:
+        """Raise FullarcError for another machine's, unless there is an API key."""
         if not self.remote and not is_loopback(host.strip("[]")):
             raise FullarcError(
                 f"Without an API key only groups on this machine are joined, not at {host[:200]}.",
                 "Start the server with --api-key.",
             )
+
+    async def join(self, name: str, host: str, join: Callable[[], Group]) -> None:
+        """Open a group in the place of one of that name."""
+        self.check_host(host)
         if name in self._opening or len(self._opening) + len(self._groups) >= MAX_GROUPS + (
             name in self._groups
         ):

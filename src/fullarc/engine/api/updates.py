@@ -176,7 +176,7 @@ class Updates:
         }
 
     def _adapted(self, weights: Weights, adapters: set[Adapter]) -> dict[Adapter, Weights]:
-        tensors = self.staging.tensors(coming=True) if adapters else {}
+        tensors = self.staging.tensors("adapters", coming=True) if adapters else {}
         return {adapter: merge(weights, tensors, adapter.deltas, adapter.folder) for adapter in adapters}
 
     async def load_folder(

@@ -145,14 +145,14 @@ class Upkeep:
 
     async def release(self, http: HttpRequest) -> Response:
         """Fall asleep; running requests end with what they have."""
-        _check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
-        await self._sleep("abort")
+        check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
+        await self.fall_asleep("abort")
         return answer(None)
 
     async def resume(self, http: HttpRequest) -> Response:
         """Wake up."""
-        _check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
-        await self._wake()
+        check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
+        await self.awake()
         return answer(None)
 
     async def sleep(self, http: HttpRequest) -> Response:
@@ -160,21 +160,23 @@ class Upkeep:
         level, mode = http.query_params.get("level", "1"), http.query_params.get("mode", "abort")
         if level not in ("0", "1", "2") or mode not in ("abort", "keep"):
             raise BadRequest("level must be 0, 1 or 2, and mode abort or keep.", "mode")
-        await self._sleep(mode)
+        await self.fall_asleep(mode)
         return answer({"status": "sleeping", "level": int(level)})
 
     async def wake_up(self, http: HttpRequest) -> Response:
         """Wake up."""
         tags = http.query_params.getlist("tags") or None
-        _check_tags(tags)
-        await self._wake()
+        check_tags(tags)
+        await self.awake()
         return answer({"status": "awake", "tags": tags})
 
     async def is_sleeping(self, _http: HttpRequest) -> Response:
         """Whether the engine sleeps."""
         return answer({"is_sleeping": self._asleep is not None})
 
-    async def _sleep(self, mode: str) -> None:
+    async def fall_asleep(self, mode: str) -> None:
+        """Whatever runs ends (mode abort) or waits (keep)."""
+
         def act(scheduler: Scheduler) -> None:
             if self._asleep is None:
                 self._asleep = scheduler.paused
@@ -183,7 +185,9 @@ class Upkeep:
 
         await self.service.on_engine(act)
 
-    async def _wake(self) -> None:
+    async def awake(self) -> None:
+        """Go on as before the sleep."""
+
         def act(scheduler: Scheduler) -> None:
             if self._asleep is not None:
                 scheduler.paused, self._asleep = self._asleep, None
@@ -197,7 +201,8 @@ def _different(sums: dict[str, str], known: dict[str, str] | None) -> list[str] 
     return sorted(name for name in sums.keys() | known.keys() if sums.get(name) != known.get(name))
 
 
-def _check_tags(tags: Sequence[str] | None) -> None:
+def check_tags(tags: Sequence[str] | None) -> None:
+    """Raise FullarcError for memory that there is not."""
     for tag in tags or ():
         if tag not in ("weights", "kv_cache", "cuda_graph"):
             raise FullarcError(f"There is no memory called {tag[:100]!r}.", "Tags are weights and kv_cache.")
