@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.grammar import Grammars
 from fullarc.chat.openai import dump
 from fullarc.engine.api.metrics import Latencies
 from fullarc.engine.engine import Engine
@@ -70,6 +71,7 @@ class Service:
         self.model_path, self.started = str(model_path), time.time()
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        self._grammars: Grammars | None = None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
         self.strict = False
         self._longest = (
@@ -86,6 +88,12 @@ class Service:
     def scheduler(self) -> Scheduler:
         """For reading numbers; it is changed by `on_engine` only."""
         return self.worker.scheduler
+
+    @property
+    def grammars(self) -> Grammars:
+        """The forms that were asked for. Raises RequestError where there is no tokenizer."""
+        self._grammars = self._grammars or Grammars(self.text)
+        return self._grammars
 
     @property
     def text(self) -> Tokenizer:
