@@ -183,7 +183,7 @@ def test_anthropic_errors_are_anthropics(claude):
             model="m", max_tokens=5, messages=[{"role": "user", "content": [{"type": "image"}]}]
         )
     with pytest.raises(anthropic.BadRequestError, match="output_config"):
-        formed = {"format": {"type": "json_schema", "schema": {}}}
+        formed = {"format": {"type": "json_schema", "schema": {"type": "?"}}}
         claude.messages.create(model="m", max_tokens=5, messages=HELLO, output_config=formed)
     off = claude.messages.create(model="m", max_tokens=5, messages=HELLO, thinking={"type": "disabled"})
     assert all(block.type != "thinking" for block in off.content)

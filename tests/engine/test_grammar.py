@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 
+import anthropic
 import jsonschema_rs
 import openai
 import pytest
@@ -261,6 +262,17 @@ def test_responses_follow_a_schema_whole_and_streamed(gpt):
         if whole.status == "completed":
             VALID.validate(json.loads(whole.output_text))
     assert "completed" in statuses
+
+
+def test_anthropics_client_gets_its_schema(server):
+    claude = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    ask = dict(model="m", max_tokens=300, messages=HELLO, thinking={"type": "disabled"},
+               output_config={"format": {"type": "json_schema", "schema": FILE}})  # fmt: skip
+    made = [claude.messages.create(**ask, extra_body={"seed": seed}) for seed in range(4)]
+    texts = [reply.content[0].text for reply in made if reply.stop_reason == "end_turn"]
+    assert texts and all(VALID.is_valid(json.loads(text)) for text in texts)
+    with claude.messages.stream(**ask, extra_body={"seed": 0}) as stream:
+        assert stream.get_final_text() == made[0].content[0].text
 
 
 @pytest.mark.parametrize("stream", [False, True])
