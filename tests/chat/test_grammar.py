@@ -4,7 +4,10 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
+import time
 
 import jsonschema_rs
 import pytest
@@ -289,10 +292,27 @@ def test_guides_are_independent_and_few_forms_are_kept(tok, grammars):
     for n in range(2 * KEPT):
         grammars.guide(regex(f"a{{{n}}}"), tok.stop_ids, False)
     assert len(grammars._compiled) == KEPT
+
+
+def test_threads_that_ask_for_one_form_compile_it_once(tok, monkeypatch):
+    compiled, grammars, asked = Grammars._compile, Grammars(tok), []
+
+    def slowly(self, grammar):
+        asked.append(grammar)
+        time.sleep(0.1)
+        return compiled(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
     threads = [
-        threading.Thread(target=ended, args=(tok, grammars, regex(r"\d{3}-[a-f]+"), 5)) for _ in range(4)
+        threading.Thread(target=grammars.guide, args=(regex("ab"), tok.stop_ids, False)) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert asked == [regex("ab")]
+
+
+def test_the_library_is_not_loaded_before_a_form_comes():
+    code = "import sys, fullarc.engine.server; print('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

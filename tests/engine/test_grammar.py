@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import anthropic
+import httpx
 import jsonschema_rs
 import openai
 import pytest
@@ -386,6 +387,16 @@ def test_what_is_no_form_is_a_400_that_names_it(http):
         "contradict"
         in http.post("/generate", json={"text": "a", "sampling_params": biased}).json()["error"]["message"]
     )
+
+
+def test_without_a_tokenizer_there_are_no_forms(checkpoints):
+    running = Running(checkpoints["v0"])
+    try:
+        body = {"input_ids": [5], "sampling_params": {"regex": "a"}}
+        refused = httpx.post(running.url + "/generate", json=body, trust_env=False)
+        assert refused.status_code == 400 and "regex is about text" in refused.json()["error"]["message"]
+    finally:
+        running.stop()
 
 
 def test_others_are_answered_while_a_form_is_compiled(http, server, monkeypatch):

@@ -119,8 +119,12 @@ def guiding(
     """Makes what holds each sample of a prompt to the form. `instead`: what holds if a tool is called instead."""
     if grammar is None:
         return lambda: None
-    tok, grammars = service.text, service.grammars
-    ends, thinking = service.scheduler.weights.config.eos_token_id, opens_thought(tok, prompt)
+    if service.grammars is None or service.tok is None:
+        raise BadRequest(
+            f"{grammar.name} is about text, and this model's folder has no tokenizer.json.", grammar.name
+        )
+    grammars, thinking = service.grammars, opens_thought(service.tok, prompt)
+    ends = service.scheduler.weights.config.eos_token_id
     return lambda: grammars.guide(grammar, ends, thinking, instead())
 
 

@@ -53,6 +53,7 @@ class Service:
 
     Attributes:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
+        grammars: the forms that outputs were asked to follow; None without a tokenizer.
         name: the model's name for clients.
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
@@ -71,7 +72,7 @@ class Service:
         self.model_path, self.started = str(model_path), time.time()
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-        self._grammars: Grammars | None = None
+        self.grammars = Grammars(self.tok) if self.tok else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
         self.strict = False
         self._longest = (
@@ -88,12 +89,6 @@ class Service:
     def scheduler(self) -> Scheduler:
         """For reading numbers; it is changed by `on_engine` only."""
         return self.worker.scheduler
-
-    @property
-    def grammars(self) -> Grammars:
-        """The forms that were asked for. Raises RequestError where there is no tokenizer."""
-        self._grammars = self._grammars or Grammars(self.text)
-        return self._grammars
 
     @property
     def text(self) -> Tokenizer:
