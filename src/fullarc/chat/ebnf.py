@@ -12,13 +12,13 @@ _TOKEN = re.compile(
 )
 _CHAR = re.compile(r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\(.)|(.)", re.S)
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
-_EMPTY = '""'
+_EMPTY = ' ""'
 
 
 def to_lark(text: str) -> str:
     """The same grammar; its start is `root`. Raises ValueError or OverflowError that says what is wrong."""
     names, defined, wanted = {"root": "r0"}, set[str](), ["root"]
-    lark, at, depth, repeatable = "start: r0", 0, 0, False
+    lark, at, depth, item = "start: r0", 0, 0, 0  # `item`: where that begins which may be repeated
     while at < len(text):
         match = _TOKEN.match(text, at)
         kind = (match and match.lastgroup) or ""
@@ -26,7 +26,7 @@ def to_lark(text: str) -> str:
         misplaced = (
             (kind not in ("skip", "rule") and not defined)
             or (kind == "rule" and (depth or said in defined))
-            or (kind == "count" and not repeatable)
+            or (kind == "count" and not item)
             or (said == ")" and not depth)
         )
         if misplaced or not match:
@@ -35,18 +35,25 @@ def to_lark(text: str) -> str:
         at = match.end()
         if kind == "skip":
             continue
-        repeatable = kind in ("name", "text", "chars", "any") or said == ")"
+        if (kind == "rule" or said in ("|", ")")) and lark[-1] in "|(:":
+            lark += _EMPTY
+        before = len(lark)
         if kind in ("rule", "name"):
             rule = names.setdefault(said, f"r{len(names)}")
             (defined.add if kind == "rule" else wanted.append)(said)
-            lark += f"\n{rule}: {_EMPTY}" if kind == "rule" else f" {rule}"
+            lark += f"\n{rule}:" if kind == "rule" else f" {rule}"
         elif kind == "count":
-            lark += said if said in "*+?" or "," in said else f"{{{said[1:-1]},{said[1:-1]}}}"
+            count = said if said in "*+?" or "," in said else f"{{{said[1:-1]},{said[1:-1]}}}"
+            whole = lark[item:] if lark[-1] == ")" else f" ({lark[item:]})"
+            lark = f"{lark[:item]}{whole}{count}"
         elif kind == "mark":
             depth += {"(": 1, ")": -1}.get(said, 0)
-            lark += f" {said}" if said == ")" else f" {said} {_EMPTY}"
+            lark += f" {said}"
         else:
             lark += {"text": _literal, "chars": _class}[kind](said[1:-1]) if kind != "any" else " /(?s:.)/"
+        item = before if kind in ("name", "text", "chars", "any") or said == ")" else 0
+    if lark[-1] in "|(:":
+        lark += _EMPTY
     missing = next((name for name in wanted if name not in defined), None)
     if missing or depth:
         raise ValueError(f"there is no rule {missing[:100]!r}" if missing else "a parenthesis is not closed")
@@ -54,7 +61,7 @@ def to_lark(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    return f" ({' '.join([_EMPTY, *(f'/{_number(match)}/' for match in _CHAR.finditer(text))])})"
+    return "".join(f" /{_number(match)}/" for match in _CHAR.finditer(text)) or _EMPTY
 
 
 def _class(text: str) -> str:

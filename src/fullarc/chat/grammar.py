@@ -218,7 +218,7 @@ def _limits() -> "LLParserLimits":
     from llguidance import LLParserLimits
 
     return LLParserLimits(
-        initial_lexer_fuel=500_000, step_lexer_fuel=50_000, step_max_items=50_000, max_grammar_size=100_000,
+        initial_lexer_fuel=500_000, step_lexer_fuel=200_000, step_max_items=25_000, max_grammar_size=100_000,
         max_lexer_states=20_000, verbose_errors=False,
     )  # fmt: skip
 
