@@ -12,7 +12,6 @@ _TOKEN = re.compile(
 )
 _CHAR = re.compile(r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\(.)|(.)", re.S)
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
-_EMPTY = ' ""'
 
 
 def to_lark(text: str) -> str:
@@ -35,8 +34,6 @@ def to_lark(text: str) -> str:
         at = match.end()
         if kind == "skip":
             continue
-        if (kind == "rule" or said in ("|", ")")) and lark[-1] in "|(:":
-            lark += _EMPTY
         before = len(lark)
         if kind in ("rule", "name"):
             rule = names.setdefault(said, f"r{len(names)}")
@@ -44,7 +41,7 @@ def to_lark(text: str) -> str:
             lark += f"\n{rule}:" if kind == "rule" else f" {rule}"
         elif kind == "count":
             count = said if said in "*+?" or "," in said else f"{{{said[1:-1]},{said[1:-1]}}}"
-            whole = lark[item:] if lark[-1] == ")" else f" ({lark[item:]})"
+            whole = lark[item:] if lark[item:] == " )" else f" ({lark[item:]})"
             lark = f"{lark[:item]}{whole}{count}"
         elif kind == "mark":
             depth += {"(": 1, ")": -1}.get(said, 0)
@@ -52,8 +49,6 @@ def to_lark(text: str) -> str:
         else:
             lark += {"text": _literal, "chars": _class}[kind](said[1:-1]) if kind != "any" else " /(?s:.)/"
         item = before if kind in ("name", "text", "chars", "any") or said == ")" else 0
-    if lark[-1] in "|(:":
-        lark += _EMPTY
     missing = next((name for name in wanted if name not in defined), None)
     if missing or depth:
         raise ValueError(f"there is no rule {missing[:100]!r}" if missing else "a parenthesis is not closed")
@@ -61,7 +56,7 @@ def to_lark(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    return "".join(f" /{_number(match)}/" for match in _CHAR.finditer(text)) or _EMPTY
+    return "".join(f" /{_number(match)}/" for match in _CHAR.finditer(text))
 
 
 def _class(text: str) -> str:
