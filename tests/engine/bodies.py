@@ -1,6 +1,8 @@
 """A good body for every route that has one, with every kind of field."""
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a+", "maxLength": 3},
+                                           "b": {"anyOf": [{"minimum": 2}, {"$ref": "#"}, {"enum": [1]}]}}}  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 HELLO = [{"role": "user", "content": "hello"}]
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
@@ -62,6 +64,12 @@ GENERATE = [
     ("/v1/responses", {"input": ITEMS, "instructions": "s", "tools": [{"type": "function", "name": "f"}],
                        "tool_choice": "auto", "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.9, "stream": False,
                        "reasoning": {"effort": "low"}, "metadata": {"a": "b"}, "text": {"format": {"type": "text"}}}),
+    ("/generate", {"text": "a", "sampling_params": {"json_schema": SCHEMA, "max_new_tokens": 3}}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 3, "structured_outputs": {
+        "json": SCHEMA, "whitespace_pattern": " ", "disable_any_whitespace": False}}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 3, "guided_choice": ["a", "b"], "ignore_eos": True}),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [TOOL], "max_tokens": 3, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}}),
     ("/v1/messages", {"max_tokens": 3, "messages": ANTHROPIC_TALK, "system": "s", "thinking": {"type": "enabled"},
                       "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "tool", "name": "f"},
                       "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1,

@@ -150,7 +150,7 @@ def test_models_and_errors_are_openais(gpt):
         gpt.chat.completions.create(model="talking", messages=[])
     assert caught.value.type == "invalid_request_error" and caught.value.param == "messages"
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        gpt.chat.completions.create(model="m", messages=HELLO, response_format={"type": "json_object"})
+        gpt.chat.completions.create(model="m", messages=HELLO, response_format={"type": "grammar"})
     with pytest.raises(openai.BadRequestError, match="serves sequences of up to 1024"):
         gpt.completions.create(model="m", prompt="hello " * 1100)
 
@@ -197,7 +197,7 @@ def test_anthropic_errors_are_anthropics(claude):
             model="m", max_tokens=5, messages=[{"role": "user", "content": [{"type": "image"}]}]
         )
     with pytest.raises(anthropic.BadRequestError, match="output_config"):
-        formed = {"format": {"type": "json_schema", "schema": {}}}
+        formed = {"format": {"type": "json_schema", "schema": {"type": "?"}}}
         claude.messages.create(model="m", max_tokens=5, messages=HELLO, output_config=formed)
     off = claude.messages.create(model="m", max_tokens=5, messages=HELLO, thinking={"type": "disabled"})
     assert all(block.type != "thinking" for block in off.content)

@@ -13,9 +13,6 @@ SAMPLING = [
     ("custom_logit_processor", "x", [None]),
     ("logits_processors", ["x"], [None, []]),
     ("truncate_prompt_tokens", 4, [None]),
-    ("json_schema", "{}", [None]),
-    ("regex", "a+", [None]),
-    ("ebnf", 'root ::= "a"', [None]),
 ]
 TEMPLATE = [
     ("chat_template", "{{ messages }}", [None]),

@@ -114,7 +114,7 @@ def test_a_function_is_forced_and_thoughts_are_left_out(gpt):
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
     ({"background": True}, "background"), ({"truncation": "auto"}, "truncation"),
     ({"tools": [{"type": "web_search"}]}, "only functions"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "?"}}}}, "text.format"),
     ({"input": []}, "input"), ({"input": [{"role": "assistant", "content": "a"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "only text"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "must be a message"),

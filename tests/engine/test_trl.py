@@ -1,16 +1,18 @@
 """The calls of TRL's `VLLMClient`, as it makes them, against the model's own logits (weights: test_transfer)."""
 
 import base64
+import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from running import Running
 
-from fullarc.chat import render
+from fullarc.chat import Tokenizer, render
 from fullarc.chat.openai import read_messages, read_tools
 from fullarc.engine import Engine
-from fullarc.model import load_model
+from fullarc.model import load_config, load_model
 
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9]]
 
@@ -148,6 +150,19 @@ def test_a_teacher_scores_sequences(http, model, top):
             assert rows["logprob_token_ids"][n][place] == (told if rank < top else [*told, ids[at]])
 
 
+def test_a_form_is_followed_and_the_log_probs_are_those_within_it(http, talking):
+    told = generate(http, IDS, structured_outputs_regex="[ab]{3}", logprobs=5, generation_kwargs={"seed": 7})
+    tok, end = Tokenizer.load(talking[0]), load_config(talking[0]).eos_token_id
+    for ids, columns, drawable in zip(
+        told["completion_ids"], told["logprobs"], told["logprob_token_ids"], strict=True
+    ):
+        assert re.fullmatch("[ab]{3}", tok.decode([token for token in ids if token not in end]))
+        for row, tokens in zip(columns, drawable, strict=True):
+            if len(set(tokens)) < 5:  # all that could be drawn there
+                alike = dict(zip(tokens, row, strict=True))
+                assert sum(math.exp(value) for value in alike.values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_what_cannot_be_is_refused(http):
     long = {"messages": [[{"role": "user", "content": "a"}]]}
     score = {"sequences": IDS, "prompt_lengths": [1, 1, 1]}
@@ -158,7 +173,7 @@ def test_what_cannot_be_is_refused(http):
         ("/generate/", {"prompts": IDS, "generation_kwargs": {"n": "x"}}, "n:"),
         ("/generate/", {"prompts": IDS, "logprobs": 1000}, "logprobs"),
         ("/generate/", {"prompts": ["a"], "images": [["x"]]}, "images"),
-        ("/generate/", {"prompts": IDS, "structured_outputs_regex": "a+"}, "structured_outputs_regex"),
+        ("/generate/", {"prompts": IDS, "structured_outputs_regex": "a("}, "structured_outputs.regex"),
         ("/chat/", {"messages": [[]]}, "messages"), ("/chat/", long | {"chat_template_kwargs": {"enable_thinking": 3}},
                                                      "enable_thinking"),
         ("/get_sequence_logprobs/", score | {"prompt_lengths": [1, 1]}, "prompt_lengths"),

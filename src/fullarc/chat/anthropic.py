@@ -35,9 +35,16 @@ def read_thinking(thinking: Any) -> bool:
     return bool(kind != "disabled")
 
 
+def output_format(output_config: Any) -> Any:
+    """The form that `output_config` asks for; its other fields only ask for effort."""
+    if not isinstance(output_config, dict | None):
+        raise BadRequest("output_config must be an object.", "output_config")
+    return (output_config or {}).get("format")
+
+
 def refuse_format(output_config: Any) -> None:
-    """Raise BadRequest where `output_config` asks for a form of the output; its other fields only ask for effort."""
-    if not isinstance(output_config, dict | None) or (output_config or {}).get("format"):
+    """Raise BadRequest where a form is asked for."""
+    if output_format(output_config):
         raise BadRequest("output_config.format is not supported.", "output_config")
 
 

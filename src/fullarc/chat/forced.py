@@ -50,16 +50,16 @@ class CallGuide:
     """Says which tokens may come next.
 
     Args:
-        names: functions of `tools` of which one must be called; None = none has to, but there is one call at most.
+        names: functions of `tools` of which one must be called; None = none has to.
         thinking: whether the turn begins inside its thoughts.
-        several: whether another call may follow a forced one.
+        several: whether another call may follow one.
     """
 
     def __init__(
         self, tok: Tokenizer, tools: Sequence[Mapping[str, Any]], names: Sequence[str] | None, thinking: bool,
         several: bool,
     ) -> None:  # fmt: skip
-        self._tok, self._text, self._several = tok, _texts(tok), several
+        self._tok, self._text, self._several = tok, text_ids(tok), several
         functions = [tool.get("function", tool) for tool in tools]
         self._schemas = {
             f["name"].strip(): f.get("parameters") or {} for f in functions if f["name"] in (names or ())
@@ -92,7 +92,8 @@ class CallGuide:
                 token = yield call | end if self._several else end
         else:
             yield from self._until(S.END_TOOL_CALL, anything)
-            yield end
+            if not self._several:
+                yield end
         while True:
             yield anything
 
@@ -191,7 +192,7 @@ def _run(table: Mapping[str, Mapping[str, str]], state: str, text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _texts(tok: Tokenizer) -> frozenset[int]:
+def text_ids(tok: Tokenizer) -> frozenset[int]:
     """All ids that are text."""
     return frozenset(i for i in range(tok.vocab_size) if tok.token_bytes(i)) - tok.special_ids
 
@@ -199,5 +200,5 @@ def _texts(tok: Tokenizer) -> frozenset[int]:
 @lru_cache(maxsize=4)
 def _numerals(tok: Tokenizer) -> tuple[tuple[int, str], ...]:
     """The ids of which numbers consist, and what they say."""
-    said = ((token, tok.token_bytes(token).decode("latin-1")) for token in sorted(_texts(tok)))
+    said = ((token, tok.token_bytes(token).decode("latin-1")) for token in sorted(text_ids(tok)))
     return tuple((token, text) for token, text in said if not set(text) - set("+-.eE0123456789"))

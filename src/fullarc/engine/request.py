@@ -45,6 +45,7 @@ class Request:
         versions: [version, start, end] spans over the output tokens.
         spec: drafts, and how many were accepted.
         finish: "" while it runs; then "stop" | "length" | "abort".
+        lost: whether it was aborted because its guide allowed nothing any more.
     """
 
     rid: str
@@ -72,6 +73,7 @@ class Request:
     hidden: list[float] | None = None
     versions: list[tuple[str, int, int]] = field(default_factory=list)
     finish: str = ""
+    lost: bool = False
     matched: int | str | None = None
     cached_tokens: int = 0
     retractions: int = 0

@@ -195,7 +195,11 @@ class Sampler:
             self.behind.later(partial(self._look_later, request, token, armed))
         elif self._look(request, token, armed):
             return "stop"
-        return "length" if full else ""
+        if full or not request.guide or request.guide.allowed():
+            return "length" if full else ""
+        self.counters.aborted += 1
+        request.lost = True
+        return "abort"
 
     def _look(self, request: Request, token: int, armed: bool) -> bool:
         """Whether a stop string ends with `token`."""

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from fullarc.chat import anthropic as dialect
 from fullarc.chat import render
+from fullarc.chat.grammar import read_format
 from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
@@ -79,7 +80,8 @@ class Anthropic:
     async def messages(self, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
         body = await read_body(http, MessagesBody)
-        conversation = await aside(http, lambda: self._conversation(body))
+        formed = dialect.output_format(body.output_config) is not None
+        conversation = await aside(http, lambda: self._conversation(body), formed)
         return await conversation.reply(
             http, WhoseBody(model=body.model), body.stream,
             partial(self._events, conversation), lambda: self._whole(conversation),
@@ -90,7 +92,6 @@ class Anthropic:
             max_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
             stop=body.stop_sequences, seed=body.seed,
         )  # fmt: skip
-        dialect.refuse_format(body.output_config)
         use = dialect.read_tool_use(body.tools, body.tool_choice)
         return Conversation(
             self.service,
@@ -102,6 +103,7 @@ class Anthropic:
             body.max_tokens,
             forced=use.forced,
             several=use.several,
+            grammar=read_format(dialect.output_format(body.output_config), "output_config.format"),
         )
 
     def _whole(self, conversation: Conversation) -> dict[str, Any]:

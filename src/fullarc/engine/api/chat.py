@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from fullarc.chat import Message, render
 from fullarc.chat.forced import CallGuide
+from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import (
     BadRequest,
     dump,
@@ -27,6 +28,7 @@ from fullarc.chat.special import END_THINK
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
+from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
@@ -87,8 +89,10 @@ class Conversation:
         self, service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool,
         clear_thinking: bool, sampling: OpenAISampling, max_tokens: int | None, top: int = 0,
         ids: list[int] | None = None, choices: Callable[[], Choices | None] = lambda: None,
-        forced: Sequence[str] | None = None, several: bool = True,
+        forced: Sequence[str] | None = None, several: bool = True, grammar: Grammar | None = None,
     ) -> None:  # fmt: skip
+        if grammar and forced:
+            raise BadRequest(f"{grammar.name} and a forced tool_choice contradict each other.", grammar.name)
         self.service, self.tok = service, service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:
@@ -113,8 +117,14 @@ class Conversation:
             names,
             top=top,
             choices=choices,
-            guide=lambda: self._guide(forced, several),
+            guide=guiding(service, grammar, ids, self._instead(several))
+            if grammar
+            else lambda: self._guide(forced, several),
         )
+
+    def _instead(self, several: bool) -> Callable[[], CallGuide | None]:
+        """Makes what holds a reply that calls tools instead of following a form."""
+        return lambda: CallGuide(self.tok, self.tools, None, False, several) if self.tools else None
 
     def _guide(self, forced: Sequence[str] | None, several: bool) -> CallGuide | None:
         """What holds the reply to a call of one of the `forced` functions, or to one call if not `several`."""
@@ -219,7 +229,7 @@ class Chat:
         return await self._reply(http, body.model_copy(update={"input_ids": body.tokens}))
 
     async def _reply(self, http: HttpRequest, body: ChatBody) -> Response:
-        conversation = await aside(http, lambda: self._conversation(body))
+        conversation = await aside(http, lambda: self._conversation(body), body.formed)
         return await conversation.reply(
             http,
             body,
@@ -242,6 +252,7 @@ class Chat:
             body.model_copy(update={"max_tokens": limit}), None, body.top_logprobs or 0, body.input_ids,
             collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None),
             forced, several=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, dict),
+            grammar=body.grammar(),
         )  # fmt: skip
 
     def _whole(self, body: ChatBody, conversation: Conversation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
+from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
@@ -61,14 +62,20 @@ class Completions:
         name = self.service.next_id("cmpl")
         score_from = 0 if body.echo and body.logprobs is not None else -1
         collect = collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None)
-        requests = [
-            request
-            for number, prompt in enumerate(prompts)
-            for request in build(
-                self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)],
-                top=body.logprobs or 0, score_from=score_from, choices=collect,
-            )
-        ]  # fmt: skip
+
+        def made() -> list[Request]:
+            grammar = body.grammar()
+            return [
+                request
+                for number, prompt in enumerate(prompts)
+                for request in build(
+                    self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)],
+                    top=body.logprobs or 0, score_from=score_from, choices=collect,
+                    guide=guiding(self.service, grammar, prompt),
+                )
+            ]  # fmt: skip
+
+        requests = await aside(http, made, body.formed)
         assign(self.service, http, body, requests)
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)

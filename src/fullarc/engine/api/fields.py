@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fullarc.engine.api.grammars import GrammarBody, OpenAIGrammarBody
 from fullarc.engine.api.service import Service
 from fullarc.engine.guide import Guide
 from fullarc.engine.request import Request, RequestError
@@ -31,7 +32,7 @@ class CustomParams(BaseModel):
     return_top_p_token_ids: bool = False
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(GrammarBody):
     """`sampling_params` of POST /generate."""
 
     model_config = ConfigDict(extra="forbid")
@@ -58,10 +59,6 @@ class SamplingBody(BaseModel):
     stream_interval: int | None = None
     custom_params: CustomParams | None = None
     # not implemented: only their neutral values are accepted
-    json_schema: None = None
-    regex: None = None
-    ebnf: None = None
-    structural_tag: None = None
     stop_regex: None = None
     watermark: None = None
     beam_width: Annotated[int, Field(le=1)] | None = None
@@ -77,7 +74,7 @@ class SamplingBody(BaseModel):
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
 
-class OpenAISampling(BaseModel):
+class OpenAISampling(OpenAIGrammarBody):
     """The sampling fields of OpenAI's routes, with vLLM's and SGLang's extensions."""
 
     model_config = ConfigDict(extra="ignore")
@@ -101,22 +98,12 @@ class OpenAISampling(BaseModel):
     include_stop_str_in_output: bool = False
     routed_experts_prompt_start: int = Field(0, strict=True, ge=0)
     # refused unless neutral
-    response_format: dict[str, Any] | None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    structured_outputs: None = None
-    json_schema: None = None
-    regex: None = None
-    ebnf: None = None
     bad_words: Annotated[list[str], Field(max_length=0)] | None = None
     allowed_token_ids: None = None
     use_beam_search: Literal[False, None] = None
     watermarking: Literal[False, None] = None
     thinking_token_budget: None = None
     repetition_detection: None = None
-    structural_tag: None = None
     stop_regex: Annotated[str, Field(max_length=0)] | Annotated[list[str], Field(max_length=0)] | None = None
     custom_logit_processor: None = None
     logits_processors: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -124,9 +111,7 @@ class OpenAISampling(BaseModel):
     extra_args: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def native(self, default_max: int | None) -> SamplingBody:
-        """The same in SGLang's names. Raises RequestError for a response format other than text."""
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise RequestError("response_format: only text is supported.", "Ask for JSON in the prompt.")
+        """The same in SGLang's names, but for the form (see `grammar`)."""
         named: dict[str, Any] = {
             "max_new_tokens": default_max if self.max_tokens is None else self.max_tokens,
             "min_new_tokens": self.min_tokens,
@@ -170,14 +155,18 @@ def build(
     Raises RequestError for impossible values.
     """
     scheduler, stops, strings = service.scheduler, set(wire.stop_token_ids or ()), None
-    if not wire.ignore_eos:
+    guides = [guide() for _ in rids]
+    if not wire.ignore_eos or any(guides):  # a form ends where it is complete
         stops |= set(scheduler.weights.config.eos_token_id)
     room = wire.max_new_tokens
     if room is None:
         room = max(scheduler.max_len - len(prompt), 1)
     bias = wire.logit_bias or {}
-    if bias and guide():
-        raise RequestError("logit_bias and a forced tool_choice contradict each other.", "Leave one of them.")
+    if bias and any(guides):
+        raise RequestError(
+            "logit_bias and a form of the output (or a forced tool_choice) contradict each other.",
+            "Leave one of them.",
+        )
     try:
         if wire.stop_strings:
             if service.tok is None:
@@ -203,7 +192,7 @@ def build(
                 score_from,
                 wants_hidden=wants_hidden,
                 choices=choices(),
-                guide=guide(),
+                guide=guides[index],
             )
             if strings:
                 request.stops = StopWatch(strings, token_bytes)

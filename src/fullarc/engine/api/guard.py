@@ -22,7 +22,7 @@ from fullarc.chat.errors import OPEN_PATHS, error_object
 from fullarc.chat.openai import BadRequest, dump
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.fields import explain
-from fullarc.engine.api.service import version_header
+from fullarc.engine.api.service import in_thread, version_header
 from fullarc.engine.request import QueueFullError
 
 R = TypeVar("R")
@@ -75,11 +75,14 @@ async def read_body(http: HttpRequest, schema: type[T], limit: int = MAX_BODY) -
         raise BadRequest(explain(error), _param(error)) from None
 
 
-async def aside(http: HttpRequest, function: Callable[[], R]) -> R:
-    """What `function` returns; from a thread where the body was LARGE, so that others are answered meanwhile.
+async def aside(http: HttpRequest, function: Callable[[], R], slow: bool = False) -> R:
+    """What `function` returns; from a thread where it is `slow` (it compiles a grammar) or the body was LARGE, so that
+    others are answered meanwhile.
 
     The JSON parser itself lets no other thread run (some 10 ms a megabyte); tokenising does.
     """
+    if slow:
+        return await in_thread(function)
     if http.state.body_bytes <= LARGE:
         return function()
     return await asyncio.to_thread(function)

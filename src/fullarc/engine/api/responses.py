@@ -15,7 +15,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.chat import responses as dialect
-from fullarc.chat.openai import BadRequest, read_tool_choice
+from fullarc.chat.grammar import read_format
+from fullarc.chat.openai import read_tool_choice
 from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
@@ -59,6 +60,11 @@ class ResponsesBody(WhoseBody):
     truncation: Literal["disabled", None] = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
+    @property
+    def format(self) -> Any:
+        """The form of the text, as it was asked for."""
+        return (self.text or {}).get("format")
+
 
 class Responses:
     """The handler."""
@@ -73,15 +79,13 @@ class Responses:
     async def respond(self, http: HttpRequest) -> Response:
         """The next turn of a conversation, as items."""
         body = await read_body(http, ResponsesBody)
-        conversation = await aside(http, lambda: self._conversation(body))
+        conversation = await aside(http, lambda: self._conversation(body), body.format is not None)
         return await conversation.reply(
             http, body, body.stream, partial(self._events, body, conversation),
             lambda: self._told(body, conversation, conversation.read(0)),
         )  # fmt: skip
 
     def _conversation(self, body: ResponsesBody) -> Conversation:
-        if ((body.text or {}).get("format") or {"type": "text"}) != {"type": "text"}:
-            raise BadRequest("text.format: only text is supported. Ask for JSON in the prompt.", "text")
         messages = dialect.read_input(body.instructions, body.input)
         tools = None if body.tool_choice == "none" else dialect.read_functions(body.tools)
         choice = dialect.read_choice(body.tool_choice)
@@ -92,6 +96,7 @@ class Responses:
             self.service, messages, tools, body.reasoning is None or body.reasoning.effort != "none", False,
             sampling, None, forced=read_tool_choice(choice, tools),
             several=body.parallel_tool_calls is not False and not isinstance(choice, dict),
+            grammar=read_format(body.format, "text.format"),
         )  # fmt: skip
 
     def _told(self, body: ResponsesBody, conversation: Conversation, turn: Turn | None) -> dict[str, Any]:
@@ -112,7 +117,7 @@ class Responses:
             "model": self.service.name, "output": dialect.output_items(turn.message, name, status) if turn else [],
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None}, "store": False,
-            "temperature": conversation.wire.temperature, "text": {"format": {"type": "text"}},
+            "temperature": conversation.wire.temperature, "text": {"format": body.format or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto", "tools": body.tools or [], "top_p": conversation.wire.top_p,
             "truncation": "disabled", "usage": usage if turn else None,
             "metadata": (body.metadata or {}) | weights_used(self.service, conversation.requests),

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.grammar import Grammars
 from fullarc.chat.openai import dump
 from fullarc.engine.api.metrics import Latencies
 from fullarc.engine.engine import Engine
@@ -53,6 +54,7 @@ class Service:
 
     Attributes:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
+        grammars: the forms that outputs were asked to follow; None without a tokenizer.
         name: the model's name for clients.
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
@@ -71,6 +73,7 @@ class Service:
         self.model_path, self.started = str(model_path), time.time()
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+        self.grammars = Grammars(self.tok) if self.tok else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
         self.strict = False
         self._longest = (

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
+from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
@@ -111,7 +112,7 @@ class Plan:
             new = build(
                 service, prompt, wire, names, score_from=starts[number] if told else -1,
                 top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
-                support=bool(mask or wire.top_p_ids),
+                support=bool(mask or wire.top_p_ids), guide=guiding(service, wire.grammar(), prompt),
             )  # fmt: skip
             for request in new:
                 request.priority = -(body.priority or 0)
@@ -238,6 +239,8 @@ def finish_reason(request: Request, ended: str, count: int) -> dict[str, Any] | 
         return {"type": "stop", "matched": request.matched}
     if ended == "length":
         return {"type": "length", "length": count}
+    if request.lost:
+        return {"type": "abort", "message": "Abort: the grammar grew too complex to go on."}
     if ended:
         return {
             "type": "abort",
@@ -260,8 +263,10 @@ class Sglang:
     async def generate(self, http: HttpRequest) -> Response:
         """Sample from one or many prompts, or score them."""
         body = await read_body(http, GenerateBody)
+        sampling = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params]
+        formed = any(wire.formed for wire in sampling)
         async with self.sessions.turn(body.session_params) as turn:
-            plan = await aside(http, lambda: Plan(self.service, body, turn))
+            plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
             for request in plan.requests:
                 request.session = session_of(http, body.routing_key)
             watch = await self.service.submit(plan.requests, each_token=body.stream)

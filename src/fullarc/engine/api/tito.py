@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, build
-from fullarc.engine.api.guard import Endpoint, answer, read_body
+from fullarc.engine.api.grammars import guiding
+from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import ended, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
@@ -63,15 +64,20 @@ class Tito:
         score_from = -1 if sampling.prompt_logprobs is None else 0
         form = body.form(self.service.experts)
         choices = collector(sampling.routed_experts_prompt_start, form is not None)
-        requests = build(
-            self.service,
-            body.token_ids,
-            wire,
-            names,
-            top=top,
-            score_from=score_from,
-            choices=choices,
-            support=bool(body.return_sampling_mask),
+        requests = await aside(
+            http,
+            lambda: build(
+                self.service,
+                body.token_ids,
+                wire,
+                names,
+                top=top,
+                score_from=score_from,
+                choices=choices,
+                support=bool(body.return_sampling_mask),
+                guide=guiding(self.service, sampling.grammar(), body.token_ids),
+            ),
+            sampling.formed,
         )
         assign(self.service, http, body, requests)
         tellers = [_Teller(self.service, body, request) for request in requests]

@@ -18,6 +18,7 @@ from fullarc.chat import render
 from fullarc.chat.openai import BadRequest, flag, read_messages, read_tools
 from fullarc.engine.api.communicator import Communicator
 from fullarc.engine.api.fields import Count, Ids, SamplingBody, build, explain
+from fullarc.engine.api.grammars import Text, guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.tito import TitoSampling
 from fullarc.engine.api.transfer import Transfer
@@ -40,7 +41,7 @@ class SamplingFields(BaseModel):
     min_p: float = 0.0
     max_tokens: int = 16
     logprobs: int | None = 0
-    structured_outputs_regex: None = None
+    structured_outputs_regex: Text | None = None
     generation_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="more of vLLM's SamplingParams"
     )
@@ -60,8 +61,13 @@ class SamplingFields(BaseModel):
         for name in self.generation_kwargs:
             if name not in TitoSampling.model_fields or name == "prompt_logprobs":
                 raise BadRequest(f"generation_kwargs: {name[:100]!r} is not known here.", "generation_kwargs")
+        form: dict[str, Any] = {}
+        if self.structured_outputs_regex is not None:
+            form = {"structured_outputs": {"regex": self.structured_outputs_regex}}
         try:
-            return TitoSampling.model_validate(self.model_dump(include={*names}) | self.generation_kwargs)
+            return TitoSampling.model_validate(
+                self.model_dump(include={*names}) | form | self.generation_kwargs
+            )
         except ValidationError as error:
             raise BadRequest(explain(error)) from None
 
@@ -161,14 +167,19 @@ class Trl:
         wire, top = sampling.native(None), sampling.logprobs or 0
         self._fits(len(prompts) * wire.n)
         name = self.service.next_id("trl")
-        requests = [
-            request
-            for number, prompt in enumerate(prompts)
-            for request in build(
-                self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)], top=top,
-                support=sampling.logprobs is not None and _steers(wire),
-            )
-        ]  # fmt: skip
+        support = sampling.logprobs is not None and (_steers(wire) or sampling.formed)
+
+        def built() -> list[Request]:
+            return [
+                request
+                for number, prompt in enumerate(prompts)
+                for request in build(
+                    self.service, prompt, wire, [f"{name}-{number}-{index}" for index in range(wire.n)], top=top,
+                    support=support, guide=guiding(self.service, sampling.grammar(), prompt),
+                )
+            ]  # fmt: skip
+
+        requests = await aside(http, built, sampling.formed)
         assign(self.service, http, WhoseBody(), requests)
         await self.service.answer(http, requests)
         told: dict[str, Any] = {
