@@ -384,6 +384,26 @@ def test_indexer_kl_by_hand() -> None:
     assert abs(kl.item() - expected.item()) < 1e-6
 
 
+def test_the_gradient_of_the_indexers_kl_is_that_of_its_formula() -> None:
+    """Of 200 queries, so that not all are computed at once; one has no support."""
+    from fullarc.model.indexer import indexer_kl
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 200, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    attention = torch.rand(2, 3, 200, 12, generator=generator, dtype=torch.float64)
+    support = torch.rand(2, 200, 12, generator=generator) < 0.6
+    support[1, 150] = False
+    support[0, :, 0] = True
+    p = (attention.sum(1) * support).detach()
+    p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+    q = (scores.exp() * support) / (scores.exp() * support).sum(-1, keepdim=True).clamp_min(1e-30)
+    expected = torch.where(support, p * (p.clamp_min(1e-30) / q.clamp_min(1e-30)).log(), 0.0).sum()
+    kl, rows = indexer_kl(scores, attention, support)
+    assert rows == support.any(-1).sum() < 400 and torch.allclose(kl, expected)
+    by_formula, ours = (torch.autograd.grad(3 * loss, scores)[0] for loss in (expected, kl))
+    assert ours.abs().max() > 0.1 and torch.allclose(ours, by_formula, atol=1e-12)
+
+
 # --- the two forms of attention --------------------
 
 

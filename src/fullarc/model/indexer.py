@@ -245,17 +245,37 @@ def select(scores: Tensor, allowed: Tensor, k: int) -> Tensor:
     return chosen
 
 
+class _KlSum(torch.autograd.Function):
+    """`indexer_kl`'s sum; its gradient is made in the forward pass, and both for some queries at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_BTS: Tensor, attention_BHTS: Tensor, support_BTS: Tensor) -> Tensor:
+        grad_BTS = torch.empty_like(scores_BTS) if ctx.needs_input_grad[0] else None
+        total = scores_BTS.new_zeros(())
+        for few in spans(0, scores_BTS.shape[1], FEW):
+            none_BtS = ~support_BTS[:, few]
+            p_BtS = attention_BHTS[:, :, few].sum(1).masked_fill_(none_BtS, 0.0)
+            p_BtS /= p_BtS.sum(-1, keepdim=True).clamp_min_(TARGET_FLOOR)
+            log_q_BtS = scores_BTS[:, few].masked_fill(none_BtS, -torch.inf).log_softmax(-1)
+            log_q_BtS.masked_fill_(none_BtS, 0.0)
+            total += (p_BtS.clamp_min(TARGET_FLOOR).log_().sub_(log_q_BtS).mul_(p_BtS)).sum()
+            if grad_BTS is not None:
+                q_BtS = log_q_BtS.exp_().mul_(p_BtS.sum(-1, keepdim=True))
+                grad_BTS[:, few] = q_BtS.sub_(p_BtS).masked_fill_(none_BtS, 0.0)
+        ctx.save_for_backward(grad_BTS)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BTS,) = ctx.saved_tensors
+        return grad_BTS * grads[0], None, None
+
+
 def indexer_kl(scores_BTS: Tensor, attention_BHTS: Tensor, support_BTS: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over query rows of KL(p || softmax(I)) on `support`, and the number of rows.
 
     p is the main attention summed over heads and normalised on the support, detached (DeepSeek-V3.2, Eqs 3-4):
     the support is all causal keys during warm-up and the selected set afterwards. Rows without support count 0.
     """
-    target_BTS = attention_BHTS.detach().sum(1).masked_fill(~support_BTS, 0.0)
-    target_BTS = target_BTS / target_BTS.sum(-1, keepdim=True).clamp_min(TARGET_FLOOR)
-    rows_BT = support_BTS.any(-1)
-    masked_BTS = scores_BTS.masked_fill(~support_BTS, -torch.inf)
-    masked_BTS = torch.where(rows_BT[..., None], masked_BTS, torch.zeros_like(masked_BTS))
-    log_q_BTS = masked_BTS.log_softmax(-1).masked_fill(~support_BTS, 0.0)
-    kl_BT = (target_BTS * (target_BTS.clamp_min(TARGET_FLOOR).log() - log_q_BTS)).sum(-1)
-    return (kl_BT * rows_BT).sum(), rows_BT.sum()
+    total: Tensor = _KlSum.apply(scores_BTS, attention_BHTS.detach(), support_BTS)
+    return total, support_BTS.any(-1).sum()
