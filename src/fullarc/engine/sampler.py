@@ -92,8 +92,11 @@ class Sampler:
             kept += range(at, at + len(request.logprobs) - before)
             at += count
         if any(p.top_logprobs or p.logprob_ids or p.support for p in params):
-            told = [owners[row] for row in kept]
-            self.behind.later(partial(_tell_alternatives, logits[kept], steered[kept], told))
+            tell = partial(_tell_alternatives, logits[kept], steered[kept], [owners[row] for row in kept])
+            if ends:
+                tell()
+            else:
+                self.behind.later(tell)
         return ends
 
     def draft(
