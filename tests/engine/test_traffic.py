@@ -190,24 +190,6 @@ def test_a_stop_string_is_found_while_the_next_pass_runs(checkpoints, tmp_path):
     assert seen[1] == (seen[0][0] + 1, *seen[0][1:])
 
 
-def test_what_else_could_be_drawn_is_told_while_the_next_pass_runs(checkpoints, tmp_path):
-    made, missing = engine(checkpoints["v0"], tmp_path, overlap=True), []
-    one = request("one", STOPPED | dict(stop="", new=9))  # its seed is how many alternatives it wants
-    forward = made.scheduler.core.forward
-
-    def slow(*given):
-        missing.append(len(one.logprobs) - len(one.top_logprobs))
-        time.sleep(0.05)
-        missing.append(len(one.logprobs) - len(one.top_logprobs))
-        return forward(*given)
-
-    made.scheduler.core.forward = slow
-    made.scheduler.submit(one)
-    while not one.finish:
-        made.scheduler.step()
-    assert missing == [0, 0, *[1, 0] * 8] and len(one.top_logprobs) == 9
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_slot_that_a_stop_string_frees_is_given_away_in_the_next_step(checkpoints, tmp_path, overlap):
     """Also to a request that came when the string was not found yet."""
