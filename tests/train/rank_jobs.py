@@ -178,6 +178,11 @@ def random(rank: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [10 ** (6 * torch.rand(shape, generator=generator)) for shape in shapes]
 
 
+def unsendable(_: Ranks) -> object:
+    """A function that has no name elsewhere."""
+    return lambda: None
+
+
 def fail(ranks: Ranks, how: str) -> None:
     """The last rank goes down while the others wait for it."""
     if ranks.rank == ranks.size - 1:

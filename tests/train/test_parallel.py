@@ -241,6 +241,11 @@ def test_the_first_failure_is_the_error_and_ends_all(how, error, message):
     assert not ranks_of(psutil.Process())
 
 
+def test_a_result_that_cannot_travel_is_told():
+    with pytest.raises(RankFailed, match="ended with what cannot be sent: .*lambda"):
+        launch(jobs.unsendable, 2)
+
+
 @pytest.mark.slow
 def test_ranks_end_with_their_parent(tmp_path):
     code = (

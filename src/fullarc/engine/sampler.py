@@ -178,13 +178,13 @@ class Sampler:
         """Append one sampled token; how the request ends with it, or ""."""
         token, version, params = choice.token, self.core.weights.version, request.params
         request.ids.append(token)
-        request.logprobs.append(choice.logprob)
         if params.top_logprobs:
             request.top_logprobs.append(choice.top)
         if params.logprob_ids:
             request.ids_logprobs.append(choice.told)
         if params.support:
             request.supports.append(choice.support)
+        request.logprobs.append(choice.logprob)  # last: who reads from another thread counts these
         if request.guide:
             request.guide.feed(token)
         count = len(request.logprobs)

@@ -140,7 +140,11 @@ def _rank(
         error = RankFailed(f"Rank {rank} of {size} failed: {type(raised).__name__}: {raised}.")
         end = ("failed", time.monotonic(), error)
     sys.stdout.flush()
-    pipe.send(end)
+    try:
+        pipe.send(end)
+    except Exception as raised:  # noqa: BLE001  (what it would send cannot travel)
+        said = f"Rank {rank} of {size} ended with what cannot be sent: {raised}. {end[-1]}"
+        pipe.send(("failed", time.monotonic(), RankFailed(said)))
     threading.Event().wait()
 
 
