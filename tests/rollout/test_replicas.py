@@ -1,17 +1,59 @@
 """Two engines as one: who is asked, and that both know what changes an engine."""
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from fullarc.chat import Tokenizer
 from fullarc.rollout.engine_client import EngineError, Sampling
 from fullarc.rollout.fake import FakeEngine
+from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.merged import merged
 from fullarc.rollout.replicas import Replicas
 from fullarc.rollout.serve import EngineProcess, _missed, serving
+
+FAR = 20.0
+UPDATE = {"model_path": "/somewhere", "weight_version": "5"}
+
+
+class Loading(FakeEngine):
+    """Its updates end when `free` is set, with a refusal if `refuses`."""
+
+    def __init__(self, engine: FakeEngine, refuses: bool = False) -> None:
+        super().__init__(engine.script, engine.stop_ids)
+        self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
+
+    async def _update(self, http: Request) -> Response:
+        await http.body()
+        self.begun.set()
+        while not self.free.is_set():
+            await asyncio.sleep(0.01)
+        return JSONResponse({"message": "no"}, 400) if self.refuses else await super()._update(http)
+
+
+@contextlib.contextmanager
+def before(tok: Tokenizer, *urls: str) -> Iterator[httpx.Client]:
+    """A client of a gateway with these engines."""
+    app = Gateway(Replicas(urls), tok, passes="all").app
+    with serving(app) as url, httpx.Client(base_url=url, timeout=FAR, trust_env=False) as client:
+        yield client
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + FAR
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -54,6 +96,40 @@ async def test_weights_and_pauses_reach_all_and_one_that_is_gone_is_an_error(two
             with pytest.raises(EngineError, match="No engine answers"):
                 await half.update_weights("/elsewhere", 6)
             assert not await half.health()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_no_engine_is_added_while_an_update_loads(engine: FakeEngine, tok: Tokenizer, others: int) -> None:
+    loading = [Loading(engine) for _ in range(1 + others)]
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(serving(one.app)) for one in loading]
+        late = stack.enter_context(serving(engine.app))
+        web = stack.enter_context(before(tok, *urls))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        update = pool.submit(web.post, "/update_weights_from_disk", json=UPDATE)
+        assert all(one.begun.wait(FAR) for one in loading)
+        adding = pool.submit(web.post, "/workers", json={"url": late})
+        time.sleep(0.3)
+        assert not adding.done()
+        for one in loading:
+            one.free.set()
+        assert update.result().json()["success"] is True
+        refused = adding.result()
+        assert refused.status_code == 400 and "weight_version 0, the others 5" in refused.text
+        assert web.get("/workers").json()["total"] == 1 + others
+
+
+def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: Tokenizer) -> None:
+    good, bad = Loading(engine), Loading(engine, refuses=True)
+    with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
+        with pytest.raises(httpx.ReadTimeout):
+            web.post("/update_weights_from_disk", json=UPDATE, timeout=1.0)
+        assert good.begun.wait(FAR) and bad.begun.wait(FAR)
+        time.sleep(0.3)  # the gateway sees it
+        good.free.set()
+        bad.free.set()
+        wait(lambda: web.get("/list_workers").json() == {"urls": [first]})
+        assert good.version == 5
 
 
 async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:

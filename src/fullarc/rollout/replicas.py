@@ -7,13 +7,14 @@ weights have a rank per engine, so each must join by itself.
 
 Invariants: what changes an engine (weights, pause) is sent to all of them and has happened to all when it returns; the
 answer is that of one that refused, if any did. Engines in use have the same weights: where an update that comes over
-HTTP succeeds with some and fails with others, those others are taken out, and the answer says so.
+HTTP succeeds with some and fails with others, those others are taken out, and the answer says so. No engine is added
+while one loads, and an update that has begun ends also when its client hangs up.
 """
 
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +128,10 @@ class Replicas(EngineClient):
             self._check(bare, session)
         if bare in METRICS:
             yield await self._metrics(headers)
+        elif bare in UPDATES:
+            body = None if content is None else [part async for part in content]
+            update = asyncio.create_task(self._update(method, path, headers, body))
+            yield await asyncio.shield(update)
         elif bare in ONE or len(self.engines) == 1:
             with self._one(session) as engine:
                 async with engine.open(method, path, headers, content) as response:
@@ -136,9 +141,7 @@ class Replicas(EngineClient):
                 yield response
         else:
             body = None if content is None else [part async for part in content]
-            async with self._changing if bare in UPDATES else nullcontext():
-                reply = await self._all(method, path, headers, body)
-            yield reply
+            yield await self._all(method, path, headers, body)
 
     def _check(self, bare: str, session: str | None) -> None:
         """Raise BadRequest for what only one engine can do."""
@@ -150,6 +153,12 @@ class Replicas(EngineClient):
                 f"{bare}: a session is one engine's, and these are {count}. "
                 f"Name it in {ROUTING_HEADER}, in all requests of the session."
             )
+
+    async def _update(
+        self, method: str, path: str, headers: Headers, body: list[bytes] | None
+    ) -> httpx.Response:
+        async with self._changing:
+            return await self._all(method, path, headers, body)
 
     async def _all(
         self, method: str, path: str, headers: Headers, body: list[bytes] | None
