@@ -132,6 +132,28 @@ def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: T
         assert good.version == 5
 
 
+def test_an_engine_is_added_once_however_its_url_is_written(two: list[FakeEngine], tok: Tokenizer) -> None:
+    with serving(two[0].app) as first, serving(two[1].app) as second, before(tok, first) as web:
+        names = ("127.0.0.1", "localhost", "LOCALHOST", "127.0.0.1")
+        bodies = [{"url": second.replace("127.0.0.1", name) + "/"} for name in names]
+        with ThreadPoolExecutor() as pool:
+            told = list(pool.map(lambda body: web.post("/workers", json=body), bodies))
+        assert sorted(one.status_code for one in told) == [202, 400, 400, 400]
+        assert all("a worker already" in one.text for one in told if one.status_code == 400)
+        assert web.get("/workers").json()["total"] == 2
+
+
+def test_a_gateway_is_no_engine_of_its_own_nor_of_one_behind_it(engine: FakeEngine, tok: Tokenizer) -> None:
+    with serving(engine.app) as url, before(tok, url) as inner, before(tok, str(inner.base_url)) as outer:
+        for web, bad in ((inner, inner), (inner, outer), (outer, outer)):
+            for name in ("127.0.0.1", "localhost"):
+                added = web.post("/workers", json={"url": str(bad.base_url).replace("127.0.0.1", name)})
+                assert added.status_code == 400, added.text
+                assert "is a gateway" in added.text or "a worker already" in added.text
+        assert outer.post("/update_weights_from_disk", json=UPDATE).json()["success"] is True
+        assert engine.version == 5
+
+
 async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:
     class Ended(EngineProcess):
         def dead(self) -> bool:

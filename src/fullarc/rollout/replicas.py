@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -44,7 +45,8 @@ ALL = frozenset(
     ("/flush_cache", "/health_generate", "/ready", "/ping", "/liveness", "/health/")
 )  # even as GET
 METRICS = ("/metrics", "/engine_metrics")
-PROBE_S = 10.0
+PROBE_S, MAX_ENGINES = 10.0, 64
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Headers = list[tuple[bytes, bytes]]
 UPDATES = frozenset(
     ("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_ipc", "/end_weight_update",
@@ -77,13 +79,20 @@ class Replicas(EngineClient):
         return engine
 
     async def join(self, url: str) -> EngineClient:
-        """Use one more engine. Raises BadRequest unless it answers and has the weights of the others."""
+        """Use one more engine. Raises BadRequest unless it is one, is new and has the weights of the others."""
         async with self._changing:
+            if _place(url) in (_place(engine.url) for engine in self.engines):
+                raise BadRequest(f"{url} is a worker already.", "url")
+            if len(self.engines) >= MAX_ENGINES:
+                raise BadRequest(f"There are {MAX_ENGINES} workers already.", "url")
             async with EngineClient(url, PROBE_S, retries=0) as probe:
                 try:
                     theirs, ours = await probe.info(), await self.engines[0].info()
+                    routes = await probe.routes_to_others()
                 except EngineError as error:
                     raise BadRequest(f"{url} is not added: {error}", "url") from None
+            if routes:  # it could be this gateway, or have this one behind it
+                raise BadRequest(f"{url} is a gateway: add the engines behind it (GET /list_workers).", "url")
             for name in ("weight_version", "vocab_size", "max_model_len"):
                 if theirs.get(name) != ours.get(name):
                     raise BadRequest(
@@ -223,6 +232,13 @@ class Replicas(EngineClient):
             yield chosen
         finally:
             self._in_flight[chosen] -= 1
+
+
+def _place(url: str) -> tuple[str, int]:
+    """Where it is, however it is written."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return LOOPBACK[0] if host in LOOPBACK else host, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 @dataclass(frozen=True)
