@@ -5,9 +5,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -27,18 +28,29 @@ UPDATE = {"model_path": "/somewhere", "weight_version": "5"}
 
 
 class Loading(FakeEngine):
-    """Its updates end when `free` is set, with a refusal if `refuses`."""
+    """Its answers end when `free` is set, those to updates with a refusal if `refuses`."""
 
     def __init__(self, engine: FakeEngine, refuses: bool = False) -> None:
         super().__init__(engine.script, engine.stop_ids)
         self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
 
     async def _update(self, http: Request) -> Response:
+        await self._held(http)
+        return JSONResponse({"message": "no"}, 400) if self.refuses else await super()._update(http)
+
+    async def _generate(self, http: Request) -> Response:
+        await self._held(http)
+        return await super()._generate(http)
+
+    async def _info(self, http: Request) -> Response:
+        await self._held(http)
+        return await super()._info(http)
+
+    async def _held(self, http: Request) -> None:
         await http.body()
         self.begun.set()
         while not self.free.is_set():
             await asyncio.sleep(0.01)
-        return JSONResponse({"message": "no"}, 400) if self.refuses else await super()._update(http)
 
 
 @contextlib.contextmanager
@@ -152,6 +164,38 @@ def test_a_gateway_is_no_engine_of_its_own_nor_of_one_behind_it(engine: FakeEngi
                 assert "is a gateway" in added.text or "a worker already" in added.text
         assert outer.post("/update_weights_from_disk", json=UPDATE).json()["success"] is True
         assert engine.version == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/update_weights_from_disk", UPDATE),
+        ("POST", "/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 2}}),
+        ("GET", "/model_info", None),
+    ],
+)
+async def test_one_that_is_removed_ends_what_it_is_doing_and_is_closed(
+    engine: FakeEngine, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield json.dumps(body).encode()
+
+    async def ask() -> tuple[int, bytes]:
+        async with both.open(method, path, [], content() if body else None) as response:
+            return response.status_code, await response.aread()
+
+    loading = [Loading(engine) for _ in range(2)]
+    with serving(loading[0].app) as first, serving(loading[1].app) as second:
+        async with Replicas([first, second]) as both:
+            asking = asyncio.create_task(ask())
+            assert await asyncio.to_thread(loading[0].begun.wait, FAR)
+            removed = both.engines[0]
+            await both.remove(removed)
+            for one in loading:
+                one.free.set()
+            status, told = await asking
+            assert status == 200 and b"taken_out" not in told
+            assert removed._http.is_closed and not both.engines[0]._http.is_closed
 
 
 async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:
