@@ -198,6 +198,17 @@ async def test_one_that_is_removed_ends_what_it_is_doing_and_is_closed(
             assert removed._http.is_closed and not both.engines[0]._http.is_closed
 
 
+def test_a_workers_body_is_bounded_also_without_a_length(engine: FakeEngine, tok: Tokenizer) -> None:
+    def parts() -> Iterator[bytes]:
+        yield from [b" " * 4096] * 17
+        yield b"{}"
+
+    with serving(engine.app) as url, before(tok, url) as web:
+        assert web.post("/workers", content=b"[" * 60_000).status_code == 400
+        assert web.post("/workers", content=parts()).status_code == 413
+        assert web.get("/workers").json()["total"] == 1
+
+
 async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:
     class Ended(EngineProcess):
         def dead(self) -> bool:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fullarc.chat.openai import BadRequest
+from fullarc.rollout.bodies import json_body
 from fullarc.rollout.engine_client import EngineClient, EngineError
 from fullarc.rollout.replicas import LOOPBACK, Replicas
 
@@ -52,12 +53,7 @@ class Workers:
         return JSONResponse({"urls": [engine.url for engine in self._engine.engines]})
 
     async def _post(self, http: Request) -> Response:
-        if int(http.headers.get("content-length") or 0) > MAX_BODY:
-            raise BadRequest("The body is too large.", status=413)
-        try:
-            body = await http.json()
-        except ValueError:
-            raise BadRequest("The body is not JSON.") from None
+        body = await json_body(http, MAX_BODY)
         if not isinstance(body, dict):
             raise BadRequest("The body must be an object with a url.", "url")
         if body.get("worker_type", "regular") != "regular" or body.get("bootstrap_port") is not None:
