@@ -24,6 +24,7 @@ from fullarc.rollout.replicas import Replicas
 from fullarc.rollout.serve import EngineProcess, _missed, serving
 
 FAR = 20.0
+FOLDER, BROADCAST = "/update_weights_from_disk", "/update_weights_from_distributed"
 UPDATE = {"model_path": "/somewhere", "weight_version": "5"}
 
 
@@ -33,6 +34,7 @@ class Loading(FakeEngine):
     def __init__(self, engine: FakeEngine, refuses: bool = False) -> None:
         super().__init__(engine.script, engine.stop_ids)
         self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
+        self.app.add_route(BROADCAST, self._update, methods=["POST"])
 
     async def _update(self, http: Request) -> Response:
         await self._held(http)
@@ -110,15 +112,17 @@ async def test_weights_and_pauses_reach_all_and_one_that_is_gone_is_an_error(two
             assert not await half.health()
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_no_engine_is_added_while_an_update_loads(engine: FakeEngine, tok: Tokenizer, others: int) -> None:
+@pytest.mark.parametrize(("path", "others"), [(FOLDER, 0), (FOLDER, 1), (BROADCAST, 0)])
+def test_no_engine_is_added_while_an_update_loads(
+    engine: FakeEngine, tok: Tokenizer, path: str, others: int
+) -> None:
     loading = [Loading(engine) for _ in range(1 + others)]
     with contextlib.ExitStack() as stack:
         urls = [stack.enter_context(serving(one.app)) for one in loading]
         late = stack.enter_context(serving(engine.app))
         web = stack.enter_context(before(tok, *urls))
         pool = stack.enter_context(ThreadPoolExecutor())
-        update = pool.submit(web.post, "/update_weights_from_disk", json=UPDATE)
+        update = pool.submit(web.post, path, json=UPDATE)
         assert all(one.begun.wait(FAR) for one in loading)
         adding = pool.submit(web.post, "/workers", json={"url": late})
         time.sleep(0.3)
@@ -135,7 +139,7 @@ def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: T
     good, bad = Loading(engine), Loading(engine, refuses=True)
     with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
         with pytest.raises(httpx.ReadTimeout):
-            web.post("/update_weights_from_disk", json=UPDATE, timeout=1.0)
+            web.post(FOLDER, json=UPDATE, timeout=1.0)
         assert good.begun.wait(FAR) and bad.begun.wait(FAR)
         time.sleep(0.3)  # the gateway sees it
         good.free.set()
@@ -162,14 +166,14 @@ def test_a_gateway_is_no_engine_of_its_own_nor_of_one_behind_it(engine: FakeEngi
                 added = web.post("/workers", json={"url": str(bad.base_url).replace("127.0.0.1", name)})
                 assert added.status_code == 400, added.text
                 assert "is a gateway" in added.text or "a worker already" in added.text
-        assert outer.post("/update_weights_from_disk", json=UPDATE).json()["success"] is True
+        assert outer.post(FOLDER, json=UPDATE).json()["success"] is True
         assert engine.version == 5
 
 
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
-        ("POST", "/update_weights_from_disk", UPDATE),
+        ("POST", FOLDER, UPDATE),
         ("POST", "/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 2}}),
         ("GET", "/model_info", None),
     ],

@@ -51,7 +51,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Headers = list[tuple[bytes, bytes]]
 UPDATES = frozenset(
     ("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_ipc", "/end_weight_update",
-     "/update_weight_version", "/update_weights", "/finish_weight_update", "/areal_update_weights", "/collective_rpc")
+     "/update_weight_version", "/update_weights", "/finish_weight_update", "/areal_update_weights", "/collective_rpc",
+     "/update_weights_from_distributed", "/areal_update_weights_xccl")
 )  # fmt: skip
 JOINS = frozenset(
     ("/init_weights_update_group", "/areal_init_weights_update_group", "/init_weight_transfer_engine",
