@@ -148,6 +148,19 @@ def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: T
         assert good.version == 5
 
 
+def test_an_update_never_takes_out_the_last_engine(engine: FakeEngine, tok: Tokenizer) -> None:
+    good, bad = Loading(engine), Loading(engine, refuses=True)
+    with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
+        with ThreadPoolExecutor() as pool:
+            update = pool.submit(web.post, FOLDER, json=UPDATE)
+            assert good.begun.wait(FAR) and bad.begun.wait(FAR)
+            web.delete("/workers/0").raise_for_status()
+            good.free.set()
+            bad.free.set()
+            assert update.result().status_code == 400
+        assert web.get("/list_workers").json() == {"urls": [second]}
+
+
 def test_an_engine_is_added_once_however_its_url_is_written(two: list[FakeEngine], tok: Tokenizer) -> None:
     with serving(two[0].app) as first, serving(two[1].app) as second, before(tok, first) as web:
         names = ("127.0.0.1", "localhost", "LOCALHOST", "127.0.0.1")

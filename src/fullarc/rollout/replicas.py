@@ -185,7 +185,9 @@ class Replicas(EngineClient):
             replies = dict(zip(engines, await asyncio.gather(*asked, return_exceptions=True), strict=True))
         good = [r for r in replies.values() if isinstance(r, _Whole) and r.status < 400]
         refusals = {e: r for e, r in replies.items() if not (isinstance(r, _Whole) and r.status < 400)}
-        if refusals and good and bare in UPDATES:
+        # others may have been removed meanwhile, and one must stay
+        stays = any(engine in self.engines for engine in replies.keys() - refusals)
+        if refusals and stays and bare in UPDATES:
             return await self._without(refusals, good[0])
         for refusal in refusals.values():
             if isinstance(refusal, BaseException):
