@@ -1,17 +1,73 @@
 """Two engines as one: who is asked, and that both know what changes an engine."""
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from fullarc.chat import Tokenizer
 from fullarc.rollout.engine_client import EngineError, Sampling
 from fullarc.rollout.fake import FakeEngine
+from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.merged import merged
 from fullarc.rollout.replicas import Replicas
 from fullarc.rollout.serve import EngineProcess, _missed, serving
+
+FAR = 20.0
+FOLDER, BROADCAST = "/update_weights_from_disk", "/update_weights_from_distributed"
+UPDATE = {"model_path": "/somewhere", "weight_version": "5"}
+
+
+class Loading(FakeEngine):
+    """Its answers end when `free` is set, those to updates with a refusal if `refuses`."""
+
+    def __init__(self, engine: FakeEngine, refuses: bool = False) -> None:
+        super().__init__(engine.script, engine.stop_ids)
+        self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
+        self.app.add_route(BROADCAST, self._update, methods=["POST"])
+
+    async def _update(self, http: Request) -> Response:
+        await self._held(http)
+        return JSONResponse({"message": "no"}, 400) if self.refuses else await super()._update(http)
+
+    async def _generate(self, http: Request) -> Response:
+        await self._held(http)
+        return await super()._generate(http)
+
+    async def _info(self, http: Request) -> Response:
+        await self._held(http)
+        return await super()._info(http)
+
+    async def _held(self, http: Request) -> None:
+        await http.body()
+        self.begun.set()
+        while not self.free.is_set():
+            await asyncio.sleep(0.01)
+
+
+@contextlib.contextmanager
+def before(tok: Tokenizer, *urls: str) -> Iterator[httpx.Client]:
+    """A client of a gateway with these engines."""
+    app = Gateway(Replicas(urls), tok, passes="all").app
+    with serving(app) as url, httpx.Client(base_url=url, timeout=FAR, trust_env=False) as client:
+        yield client
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + FAR
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -54,6 +110,120 @@ async def test_weights_and_pauses_reach_all_and_one_that_is_gone_is_an_error(two
             with pytest.raises(EngineError, match="No engine answers"):
                 await half.update_weights("/elsewhere", 6)
             assert not await half.health()
+
+
+@pytest.mark.parametrize(("path", "others"), [(FOLDER, 0), (FOLDER, 1), (BROADCAST, 0)])
+def test_no_engine_is_added_while_an_update_loads(
+    engine: FakeEngine, tok: Tokenizer, path: str, others: int
+) -> None:
+    loading = [Loading(engine) for _ in range(1 + others)]
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(serving(one.app)) for one in loading]
+        late = stack.enter_context(serving(engine.app))
+        web = stack.enter_context(before(tok, *urls))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        update = pool.submit(web.post, path, json=UPDATE)
+        assert all(one.begun.wait(FAR) for one in loading)
+        adding = pool.submit(web.post, "/workers", json={"url": late})
+        time.sleep(0.3)
+        assert not adding.done()
+        for one in loading:
+            one.free.set()
+        assert update.result().json()["success"] is True
+        refused = adding.result()
+        assert refused.status_code == 400 and "weight_version 0, the others 5" in refused.text
+        assert web.get("/workers").json()["total"] == 1 + others
+
+
+def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: Tokenizer) -> None:
+    good, bad = Loading(engine), Loading(engine, refuses=True)
+    with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
+        with pytest.raises(httpx.ReadTimeout):
+            web.post(FOLDER, json=UPDATE, timeout=1.0)
+        assert good.begun.wait(FAR) and bad.begun.wait(FAR)
+        time.sleep(0.3)  # the gateway sees it
+        good.free.set()
+        bad.free.set()
+        wait(lambda: web.get("/list_workers").json() == {"urls": [first]})
+        assert good.version == 5
+
+
+def test_an_update_never_takes_out_the_last_engine(engine: FakeEngine, tok: Tokenizer) -> None:
+    good, bad = Loading(engine), Loading(engine, refuses=True)
+    with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
+        with ThreadPoolExecutor() as pool:
+            update = pool.submit(web.post, FOLDER, json=UPDATE)
+            assert good.begun.wait(FAR) and bad.begun.wait(FAR)
+            web.delete("/workers/0").raise_for_status()
+            good.free.set()
+            bad.free.set()
+            assert update.result().status_code == 400
+        assert web.get("/list_workers").json() == {"urls": [second]}
+
+
+def test_an_engine_is_added_once_however_its_url_is_written(two: list[FakeEngine], tok: Tokenizer) -> None:
+    with serving(two[0].app) as first, serving(two[1].app) as second, before(tok, first) as web:
+        names = ("127.0.0.1", "localhost", "LOCALHOST", "127.0.0.1")
+        bodies = [{"url": second.replace("127.0.0.1", name) + "/"} for name in names]
+        with ThreadPoolExecutor() as pool:
+            told = list(pool.map(lambda body: web.post("/workers", json=body), bodies))
+        assert sorted(one.status_code for one in told) == [202, 400, 400, 400]
+        assert all("a worker already" in one.text for one in told if one.status_code == 400)
+        assert web.get("/workers").json()["total"] == 2
+
+
+def test_a_gateway_is_no_engine_of_its_own_nor_of_one_behind_it(engine: FakeEngine, tok: Tokenizer) -> None:
+    with serving(engine.app) as url, before(tok, url) as inner, before(tok, str(inner.base_url)) as outer:
+        for web, bad in ((inner, inner), (inner, outer), (outer, outer)):
+            for name in ("127.0.0.1", "localhost"):
+                added = web.post("/workers", json={"url": str(bad.base_url).replace("127.0.0.1", name)})
+                assert added.status_code == 400, added.text
+                assert "is a gateway" in added.text or "a worker already" in added.text
+        assert outer.post(FOLDER, json=UPDATE).json()["success"] is True
+        assert engine.version == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", FOLDER, UPDATE),
+        ("POST", "/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 2}}),
+        ("GET", "/model_info", None),
+    ],
+)
+async def test_one_that_is_removed_ends_what_it_is_doing_and_is_closed(
+    engine: FakeEngine, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield json.dumps(body).encode()
+
+    async def ask() -> tuple[int, bytes]:
+        async with both.open(method, path, [], content() if body else None) as response:
+            return response.status_code, await response.aread()
+
+    loading = [Loading(engine) for _ in range(2)]
+    with serving(loading[0].app) as first, serving(loading[1].app) as second:
+        async with Replicas([first, second]) as both:
+            asking = asyncio.create_task(ask())
+            assert await asyncio.to_thread(loading[0].begun.wait, FAR)
+            removed = both.engines[0]
+            await both.remove(removed)
+            for one in loading:
+                one.free.set()
+            status, told = await asking
+            assert status == 200 and b"taken_out" not in told
+            assert removed._http.is_closed and not both.engines[0]._http.is_closed
+
+
+def test_a_workers_body_is_bounded_also_without_a_length(engine: FakeEngine, tok: Tokenizer) -> None:
+    def parts() -> Iterator[bytes]:
+        yield from [b" " * 4096] * 17
+        yield b"{}"
+
+    with serving(engine.app) as url, before(tok, url) as web:
+        assert web.post("/workers", content=b"[" * 60_000).status_code == 400
+        assert web.post("/workers", content=parts()).status_code == 413
+        assert web.get("/workers").json()["total"] == 1
 
 
 async def test_only_an_engine_in_use_is_missed_when_it_ends() -> None:

@@ -267,6 +267,16 @@ class EngineClient:
         reply = await self._send("GET", "/model_info", None, None)
         return reply if isinstance(reply, dict) else {}
 
+    async def routes_to_others(self) -> bool:
+        """True when it is a gateway or a router, which list their engines at GET /list_workers."""
+        try:
+            await self._send("GET", "/list_workers", None, None)
+        except EngineError as error:
+            if error.kind != "rejected":
+                raise
+            return False
+        return True
+
     async def load(self) -> int:
         """How many requests run and wait, by GET /get_load."""
         ranks = await self._send("GET", "/get_load", None, None)

@@ -17,7 +17,6 @@ failed.
 import hmac
 import ipaddress
 import itertools
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from fullarc.chat.openai import BadRequest, dump
 from fullarc.chat.render import Tools
 from fullarc.config.seeds import derive
 from fullarc.rollout import messages, wire
+from fullarc.rollout.bodies import json_body
 from fullarc.rollout.engine_client import SESSION_HEADER, Completion, EngineClient, EngineError, Sampling
 from fullarc.rollout.passing import Passing
 from fullarc.rollout.sessions import Plan, Session
@@ -143,7 +143,7 @@ class Gateway:
         session_id = _session_id(http)
         if session_id is None and self._alone:
             return self._alone
-        request = dialect.read(await _json_body(http))
+        request = dialect.read(await json_body(http, MAX_BODY))
         session = self._session(session_id)
         plan = session.plan(request.incoming, request.tools, request.thinking)
         if len(plan.prompt_ids) >= self.max_len:
@@ -174,7 +174,7 @@ class Gateway:
         session_id = _session_id(http)
         if session_id is None and self._alone:
             return self._alone
-        body = await _json_body(http)
+        body = await json_body(http, MAX_BODY)
         request = messages.read_request({"max_tokens": 1} | body if isinstance(body, dict) else body)
         plan = self._session(session_id).plan(request.incoming, request.tools, request.thinking)
         return _reply({"input_tokens": len(plan.prompt_ids)})
@@ -330,20 +330,6 @@ def _session_id(http: Request) -> str | None:
             f"{SESSION_HEADER} must be 1 to 256 printable characters without '/'.", SESSION_HEADER
         )
     return value
-
-
-async def _json_body(http: Request) -> Any:
-    size = 0
-    parts = []
-    async for part in http.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise BadRequest(f"The body is larger than {MAX_BODY} bytes.", status=413)
-        parts.append(part)
-    try:
-        return json.loads(b"".join(parts))
-    except (ValueError, RecursionError):
-        raise BadRequest("The body is not JSON.") from None
 
 
 def _versions(done: Completion) -> dict[str, str]:

@@ -7,15 +7,18 @@ weights have a rank per engine, so each must join by itself.
 
 Invariants: what changes an engine (weights, pause) is sent to all of them and has happened to all when it returns; the
 answer is that of one that refused, if any did. Engines in use have the same weights: where an update that comes over
-HTTP succeeds with some and fails with others, those others are taken out, and the answer says so.
+HTTP succeeds with some and fails with others, those others are taken out, and the answer says so. No engine is added
+while one loads, and an update that has begun ends also when its client hangs up.
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -43,11 +46,13 @@ ALL = frozenset(
     ("/flush_cache", "/health_generate", "/ready", "/ping", "/liveness", "/health/")
 )  # even as GET
 METRICS = ("/metrics", "/engine_metrics")
-PROBE_S = 10.0
+PROBE_S, MAX_ENGINES = 10.0, 64
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Headers = list[tuple[bytes, bytes]]
 UPDATES = frozenset(
     ("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_ipc", "/end_weight_update",
-     "/update_weight_version", "/update_weights", "/finish_weight_update", "/areal_update_weights", "/collective_rpc")
+     "/update_weight_version", "/update_weights", "/finish_weight_update", "/areal_update_weights", "/collective_rpc",
+     "/update_weights_from_distributed", "/areal_update_weights_xccl")
 )  # fmt: skip
 JOINS = frozenset(
     ("/init_weights_update_group", "/areal_init_weights_update_group", "/init_weight_transfer_engine",
@@ -62,7 +67,7 @@ class Replicas(EngineClient):
         self._timeout_s, self.retries = timeout_s, retries
         self._numbers, self._changing = itertools.count(), asyncio.Lock()
         self.engines: list[EngineClient] = []
-        self._in_flight: dict[EngineClient, int] = {}
+        self._in_flight: Counter[EngineClient] = Counter()
         for url in urls:
             self.add(url)
 
@@ -76,13 +81,20 @@ class Replicas(EngineClient):
         return engine
 
     async def join(self, url: str) -> EngineClient:
-        """Use one more engine. Raises BadRequest unless it answers and has the weights of the others."""
+        """Use one more engine. Raises BadRequest unless it is one, is new and has the weights of the others."""
         async with self._changing:
+            if _place(url) in (_place(engine.url) for engine in self.engines):
+                raise BadRequest(f"{url} is a worker already.", "url")
+            if len(self.engines) >= MAX_ENGINES:
+                raise BadRequest(f"There are {MAX_ENGINES} workers already.", "url")
             async with EngineClient(url, PROBE_S, retries=0) as probe:
                 try:
                     theirs, ours = await probe.info(), await self.engines[0].info()
+                    routes = await probe.routes_to_others()
                 except EngineError as error:
                     raise BadRequest(f"{url} is not added: {error}", "url") from None
+            if routes:  # it could be this gateway, or have this one behind it
+                raise BadRequest(f"{url} is a gateway: add the engines behind it (GET /list_workers).", "url")
             for name in ("weight_version", "vocab_size", "max_model_len"):
                 if theirs.get(name) != ours.get(name):
                     raise BadRequest(
@@ -95,9 +107,7 @@ class Replicas(EngineClient):
         """Send it nothing more; what it is doing it ends."""
         self.engines.remove(engine)
         self.url = ", ".join(engine.url for engine in self.engines)
-        if not self._in_flight[engine]:
-            del self._in_flight[engine]
-            await engine.close()
+        await self._close_unused([engine])
 
     async def close(self) -> None:
         """Close the connections to all, also to those that were removed."""
@@ -107,13 +117,14 @@ class Replicas(EngineClient):
         self, ids: Sequence[int], sampling: Sampling, session: str | None = None
     ) -> AsyncIterator[Completion]:
         """See `EngineClient.stream`."""
-        with self._one(session) as engine:
+        async with self._use([self._one(session)]) as (engine,):
             async for completion in engine.stream(ids, sampling, session):
                 yield completion
 
     async def health(self) -> bool:
         """True when all are healthy."""
-        return all(await asyncio.gather(*(engine.health() for engine in self.engines)))
+        async with self._use(self.engines) as engines:
+            return all(await asyncio.gather(*(engine.health() for engine in engines)))
 
     @asynccontextmanager
     async def open(
@@ -127,18 +138,25 @@ class Replicas(EngineClient):
             self._check(bare, session)
         if bare in METRICS:
             yield await self._metrics(headers)
+        elif bare in UPDATES:
+            body = None if content is None else [part async for part in content]
+            update = asyncio.create_task(self._update(method, path, headers, body))
+            yield await asyncio.shield(update)
         elif bare in ONE or len(self.engines) == 1:
-            with self._one(session) as engine:
-                async with engine.open(method, path, headers, content) as response:
-                    yield response
+            async with (
+                self._use([self._one(session)]) as (engine,),
+                engine.open(method, path, headers, content) as response,
+            ):
+                yield response
         elif method in ("GET", "HEAD") and bare not in ALL and bare not in MERGES:
-            async with self.engines[0].open(method, path, headers, content) as response:
+            async with (
+                self._use(self.engines[:1]) as (engine,),
+                engine.open(method, path, headers, content) as response,
+            ):
                 yield response
         else:
             body = None if content is None else [part async for part in content]
-            async with self._changing if bare in UPDATES else nullcontext():
-                reply = await self._all(method, path, headers, body)
-            yield reply
+            yield await self._all(method, path, headers, body)
 
     def _check(self, bare: str, session: str | None) -> None:
         """Raise BadRequest for what only one engine can do."""
@@ -151,16 +169,25 @@ class Replicas(EngineClient):
                 f"Name it in {ROUTING_HEADER}, in all requests of the session."
             )
 
+    async def _update(
+        self, method: str, path: str, headers: Headers, body: list[bytes] | None
+    ) -> httpx.Response:
+        async with self._changing:
+            return await self._all(method, path, headers, body)
+
     async def _all(
         self, method: str, path: str, headers: Headers, body: list[bytes] | None
     ) -> httpx.Response:
         """The answer of all engines."""
-        bare, engines = path.partition("?")[0], list(self.engines)
-        asked = (_whole(engine, method, path, headers, body) for engine in engines)
-        replies = dict(zip(engines, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+        bare = path.partition("?")[0]
+        async with self._use(self.engines) as engines:
+            asked = (_whole(engine, method, path, headers, body) for engine in engines)
+            replies = dict(zip(engines, await asyncio.gather(*asked, return_exceptions=True), strict=True))
         good = [r for r in replies.values() if isinstance(r, _Whole) and r.status < 400]
         refusals = {e: r for e, r in replies.items() if not (isinstance(r, _Whole) and r.status < 400)}
-        if refusals and good and bare in UPDATES:
+        # others may have been removed meanwhile, and one must stay
+        stays = any(engine in self.engines for engine in replies.keys() - refusals)
+        if refusals and stays and bare in UPDATES:
             return await self._without(refusals, good[0])
         for refusal in refusals.values():
             if isinstance(refusal, BaseException):
@@ -187,9 +214,10 @@ class Replicas(EngineClient):
 
     async def _metrics(self, headers: Headers) -> httpx.Response:
         """The samples of all engines that answer, which engine's they are in a label."""
-        asked = (_whole(engine, "GET", "/metrics", headers, None) for engine in self.engines)
-        replies = await asyncio.gather(*asked, return_exceptions=True)
-        found = {e.url: r for e, r in zip(self.engines, replies, strict=False) if isinstance(r, _Whole)}
+        async with self._use(self.engines) as engines:
+            asked = (_whole(engine, "GET", "/metrics", headers, None) for engine in engines)
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+        found = {e.url: r for e, r in zip(engines, replies, strict=True) if isinstance(r, _Whole)}
         if not found:
             raise httpx.ConnectError("no engine answers")
         text = metrics({url: reply.body.decode() for url, reply in found.items() if reply.status == 200})
@@ -197,23 +225,42 @@ class Replicas(EngineClient):
 
     async def _send(self, method: str, path: str, body: dict[str, Any] | None, session: str | None) -> Any:
         if path == "/generate":
-            with self._one(session) as engine:
+            async with self._use([self._one(session)]) as (engine,):
                 return await engine._send(method, path, body, session)
-        replies = await asyncio.gather(*(e._send(method, path, body, session) for e in self.engines))
+        async with self._use(self.engines) as engines:
+            replies = await asyncio.gather(*(e._send(method, path, body, session) for e in engines))
         refused = (r for r in replies if isinstance(r, dict) and r.get("success") is False)
         return next(refused, replies[0])
 
-    @contextmanager
-    def _one(self, session: str | None) -> Iterator[EngineClient]:
+    def _one(self, session: str | None) -> EngineClient:
         if session is None:
-            chosen = min(self.engines, key=self._in_flight.__getitem__)
-        else:  # of each session's own order of the engines the first: others that go or come change nothing
-            chosen = max(self.engines, key=lambda engine: derive(0, session, engine.name))
-        self._in_flight[chosen] += 1
+            return min(self.engines, key=self._in_flight.__getitem__)
+        # of each session's own order of the engines the first: others that go or come change nothing
+        return max(self.engines, key=lambda engine: derive(0, session, engine.name))
+
+    @asynccontextmanager
+    async def _use(self, engines: Sequence[EngineClient]) -> AsyncIterator[list[EngineClient]]:
+        """Ask them something: a removed engine's connections stay open until all that asked it have done so."""
+        used = list(engines)
+        self._in_flight.update(used)
         try:
-            yield chosen
+            yield used
         finally:
-            self._in_flight[chosen] -= 1
+            self._in_flight.subtract(used)
+            await self._close_unused(used)
+
+    async def _close_unused(self, engines: Sequence[EngineClient]) -> None:
+        gone = [engine for engine in engines if not self._in_flight[engine] and engine not in self.engines]
+        for engine in gone:
+            del self._in_flight[engine]
+        await asyncio.gather(*(engine.close() for engine in gone))
+
+
+def _place(url: str) -> tuple[str, int]:
+    """Where it is, however it is written."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return LOOPBACK[0] if host in LOOPBACK else host, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 @dataclass(frozen=True)

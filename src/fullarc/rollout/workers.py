@@ -2,8 +2,9 @@
 
     GET, POST /workers   GET, DELETE /workers/{id}   GET /list_workers   POST /add_worker, /remove_worker ?url=
 
-One that is added must have the weights of the others. One that is removed ends what it is doing and is not stopped,
-also if the server has started it. Without an API key only engines on this machine are added.
+One that is added must be an engine, no gateway, and have the weights of the others. One that is removed ends what it
+is doing and is not stopped, also if the server has started it. Without an API key only engines on this machine are
+added.
 """
 
 import asyncio
@@ -15,11 +16,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fullarc.chat.openai import BadRequest
+from fullarc.rollout.bodies import json_body
 from fullarc.rollout.engine_client import EngineClient, EngineError
-from fullarc.rollout.replicas import Replicas
+from fullarc.rollout.replicas import LOOPBACK, Replicas
 
-MAX_BODY, MAX_WORKERS = 2**16, 64
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_BODY = 2**16
 
 
 class Workers:
@@ -52,12 +53,7 @@ class Workers:
         return JSONResponse({"urls": [engine.url for engine in self._engine.engines]})
 
     async def _post(self, http: Request) -> Response:
-        if int(http.headers.get("content-length") or 0) > MAX_BODY:
-            raise BadRequest("The body is too large.", status=413)
-        try:
-            body = await http.json()
-        except ValueError:
-            raise BadRequest("The body is not JSON.") from None
+        body = await json_body(http, MAX_BODY)
         if not isinstance(body, dict):
             raise BadRequest("The body must be an object with a url.", "url")
         if body.get("worker_type", "regular") != "regular" or body.get("bootstrap_port") is not None:
@@ -96,12 +92,7 @@ class Workers:
             raise BadRequest("url must be that of an engine, such as http://127.0.0.1:30000.", "url")
         if not self._remote and parts.hostname not in LOOPBACK:
             raise BadRequest("Without an API key only engines on this machine are added.", "url")
-        replicas = self._replicas()
-        if url.rstrip("/") in (engine.url for engine in replicas.engines):
-            raise BadRequest(f"{url} is a worker already.", "url")
-        if len(replicas.engines) >= MAX_WORKERS:
-            raise BadRequest(f"There are {MAX_WORKERS} workers already.", "url")
-        return await replicas.join(url.rstrip("/"))
+        return await self._replicas().join(url.rstrip("/"))
 
     async def _leave(self, engine: EngineClient) -> None:
         if len(self._engine.engines) == 1:
