@@ -136,7 +136,8 @@ class Replicas(EngineClient):
         session = said.get(ROUTING_HEADER) or said.get(SESSION_HEADER)
         if len(self.engines) > 1:
             self._check(bare, session)
-        if bare in METRICS:
+        labelled = len(self.engines) > 1 or bare != "/metrics"
+        if bare in METRICS and labelled:  # an engine's own page has no labels
             yield await self._metrics(headers)
         elif bare in UPDATES:
             body = None if content is None else [part async for part in content]
