@@ -239,7 +239,7 @@ def finish_reason(request: Request, ended: str, count: int) -> dict[str, Any] | 
         return {"type": "stop", "matched": request.matched}
     if ended == "length":
         return {"type": "length", "length": count}
-    if request.lost:
+    if ended and request.lost:
         return {"type": "abort", "message": "Abort: the grammar grew too complex to go on."}
     if ended:
         return {
