@@ -267,6 +267,10 @@ class Sglang:
         formed = any(wire.formed for wire in sampling)
         async with self.sessions.turn(body.session_params) as turn:
             plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
+            if turn and turn.replaces:
+                # it ends when nothing is wrong with this one, which then has all its tokens
+                await self.sessions.end([turn.replaces], plan.requests)
+                plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
             for request in plan.requests:
                 request.session = session_of(http, body.routing_key)
             watch = await self.service.submit(plan.requests, each_token=body.stream)
