@@ -12,6 +12,7 @@ import time
 import jsonschema_rs
 import pytest
 
+from fullarc.chat.ebnf import to_lark
 from fullarc.chat.forced import CallGuide
 from fullarc.chat.grammar import (
     KEPT,
@@ -285,6 +286,13 @@ def test_a_form_without_an_end_holds_nobody_up(tok, grammars, text):
         guide.feed(tok.encode("a")[0])
 
 
+def test_a_grammar_is_read_in_time_that_grows_as_its_length():
+    """Twenty times longer than is let in; where all is written anew at each `*` it takes minutes."""
+    start = time.process_time()
+    assert to_lark("root ::= " + '"a"* ' * 250_000).count("*") == 250_000
+    assert time.process_time() - start < 20
+
+
 def test_white_space_in_json_is_bounded(tok, grammars):
     guide, [space] = (
         grammars.guide(json_grammar({"type": "object"}, "s"), tok.stop_ids, False),
@@ -325,6 +333,28 @@ def test_threads_that_ask_for_one_form_compile_it_once(tok, monkeypatch):
     for thread in threads:
         thread.join()
     assert asked == [regex("ab")]
+
+
+def test_who_asks_for_a_form_that_is_kept_waits_for_no_other(tok, monkeypatch):
+    compiled, grammars, begun, go_on = Grammars._compile, Grammars(tok), threading.Event(), threading.Event()
+    grammars.guide(regex("ab"), tok.stop_ids, False)
+
+    def held(self, grammar):
+        begun.set()
+        assert go_on.wait(60)
+        return compiled(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", held)
+    other = threading.Thread(target=grammars.guide, args=(regex("cd"), tok.stop_ids, False))
+    same = threading.Thread(target=grammars.guide, args=(regex("ab"), tok.stop_ids, False), daemon=True)
+    other.start()
+    assert begun.wait(60)
+    same.start()
+    same.join(20)
+    waits = same.is_alive()
+    go_on.set()
+    other.join(60)
+    assert not waits and not other.is_alive() and {*grammars._compiled} == {regex("ab"), regex("cd")}
 
 
 def test_the_library_is_not_loaded_before_a_form_comes():

@@ -17,6 +17,7 @@ from running import Running
 
 from fullarc.chat.grammar import Grammar, Grammars, choice_grammar, json_grammar
 from fullarc.engine import Engine
+from fullarc.engine.api.sglang import finish_reason
 from fullarc.engine.request import Request
 from fullarc.engine.sampling import SamplingParams
 
@@ -145,6 +146,8 @@ def test_a_form_that_is_lost_ends_its_request_alone(talking):
         "abort",
         True,
     ) and scheduler.counters.aborted == 1
+    assert finish_reason(lost, "", 2) is None, "a stream that looks between the loss and the end"
+    assert "too complex" in finish_reason(lost, lost.finish, 2)["message"]
     assert (cut.output, cut.finish, cut.lost) == ([5, 6], "length", False)
     assert (len(free.output), free.finish) == (9, "length") and len(scheduler.free) == 2
 

@@ -201,7 +201,7 @@ def test_a_difference_that_does_not_fit_changes_nothing(talking, tmp_path, state
         (few, other, {"compression_format": "lz4"}, "'lz4'"), (few, other, {"checksum_format": "md5"}, "'md5'"),
         (few, other, {"checksum_format": "blake3"}, "needs the package blake3"),
         (few, other, {"delta_encoding": "add"}, "'add'"), (few, {"model.norm.weight": few["model.norm.weight"]},
-                                                           {"version": "x"}, "pulled"),
+                                                           {"version": "x"}, "version: Input should be"),
         ({"model.other": np.zeros(4, np.uint8)}, {"model.other": np.ones(4, np.uint8)}, {}, "model.other"),
     ):  # fmt: skip
         folder = publish(source, 2, old, new, **how)
@@ -219,6 +219,28 @@ def test_a_difference_that_does_not_fit_changes_nothing(talking, tmp_path, state
         FullarcError, match="has the checksum " + hashlib.md5(other["model.norm.weight"]).hexdigest()
     ):
         pull(source, local, 2, talking[0])
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [("[]", "index"), ("{", "JSON"), ("[" * 100_000, "JSON"), ("\udcff", "JSON"), ("null", "index"),
+     ({"metadata": "delta_encoding"}, "metadata"), ({"metadata": ["delta_encoding"]}, "metadata"),
+     ({"metadata": {"delta_encoding": "xor"}}, "version"), ({"base_version": None}, "base_version"),
+     ({"base_version": []}, "base_version"), ({"checksum_format": []}, "checksum_format"),
+     ({"compression_format": {}}, "compression_format"), ({"delta_encoding": None}, "delta_encoding")],
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused_in_a_sentence(http, talking, tmp_path, told, says):
+    source, folder = tmp_path, tmp_path / "weight_v000001"
+    if isinstance(told, dict) and "metadata" not in told:
+        publish(source, 1, {}, {}, **told)
+    else:
+        folder.mkdir()
+        text = told if isinstance(told, str) else json.dumps(told)
+        (folder / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    body = {"local_checkpoint_dir": str(tmp_path / "local"), "source_dir": str(source), "target_version": 1}
+    refused = http.post("/pull_weights", json=body)
+    assert refused.status_code == 400 and says in refused.json()["message"], refused.text
+    assert "\n" not in refused.json()["message"] and not (tmp_path / "local").exists()
 
 
 def test_profiles_are_of_the_engines_thread(http, tmp_path):

@@ -1,5 +1,6 @@
 """SGLang's sessions, called as its own tests call them; what they give is what the whole prompts give."""
 
+import asyncio
 import gc
 import json
 import threading
@@ -9,7 +10,9 @@ import pytest
 from running import Running, wait
 
 from fullarc.engine.api import sessions
-from fullarc.engine.api.sessions import Turn
+from fullarc.engine.api.sessions import Session, SessionParams, Sessions, Turn
+from fullarc.engine.request import Request, RequestError
+from fullarc.engine.sampling import SamplingParams
 
 CHUNKS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8], [9, 7, 9], [3, 2, 3, 8, 4]]
 
@@ -113,7 +116,41 @@ def test_a_request_can_be_gone_on_from_more_than_once(http):
     generate(http, CHUNKS[1], {"id": name, "rid": "anew"})
 
 
-def running(http, server, session, **more):
+def test_a_name_is_given_once(http, server):
+    """Otherwise what goes on from the older one keeps it, and nobody counts it."""
+    name, other, streaming = open_session(http), open_session(http), open_session(http, streaming=True)
+    first = generate(http, CHUNKS[0], {"id": name}, rid="a")
+    for params in ({}, {"rid": "a"}, {"rid": "a", "replace": True}):
+        refused(send(http, CHUNKS[1], {"id": name} | params, rid="a"), "has a request 'a'")
+    generate(http, CHUNKS[1], {"id": name, "rid": "a"}, rid="b")
+    refused(send(http, CHUNKS[1], {"id": name, "rid": "a"}, rid="b"), "has a request 'b'")
+    again = generate(http, CHUNKS[2], {"id": name, "rid": "a", "replace": True}, rid="b")
+    assert logprobs(again) == logprobs(generate(http, CHUNKS[0] + first["output_ids"] + CHUNKS[2]))
+    assert {*opened(server)[name].turns} == {"a", "b"}
+    generate(http, CHUNKS[1], {"id": name, "replace": True}, rid="b")
+    assert {*opened(server)[name].turns} == {"b"}
+    generate(http, CHUNKS[0], {"id": other}, rid="b")
+    generate(http, CHUNKS[0], {"id": streaming}, rid="b")
+    refused(send(http, CHUNKS[1], {"id": streaming}, rid="b"), "has a request 'b'")
+    for rid in ("a", "b"):
+        generate(http, CHUNKS[1], {"id": streaming}, rid=rid)
+
+
+def test_two_that_come_at_a_time_have_two_names():
+    async def both():
+        kept, params = Sessions(None), SessionParams(id="s")
+        kept.open_ones["s"] = Session(streaming=False, timeout=None)
+        async with kept.turn(params) as first:
+            first.watch(Request("x", [3], SamplingParams()))
+            with pytest.raises(RequestError, match="has a request 'x'"):
+                async with kept.turn(params) as second:
+                    second.watch(Request("x", [3], SamplingParams()))
+        assert kept.open_ones["s"].turns == {"x": first}
+
+    asyncio.run(both())
+
+
+def running(http, server, session, slow=0.003, **more):
     """A long request that has sampled something; what it sends, in a thread."""
     events = []
 
@@ -123,7 +160,7 @@ def running(http, server, session, **more):
         with http.stream("POST", "/generate", json=body | more) as response:
             events.extend(line[6:] for line in response.iter_lines() if line.startswith("data: {"))
 
-    server.slow_down()
+    server.slow_down(slow)
     thread = threading.Thread(target=read)
     thread.start()
     wait(lambda: any(len(r.logprobs) > 3 for r in list(server.engine.scheduler.running.values())))
@@ -133,9 +170,14 @@ def running(http, server, session, **more):
 def test_replace_ends_a_request_that_runs(http, server):
     """SGLang's backtrack with abort: the first one ends with what it has, the second goes on from some of it."""
     name = open_session(http)
-    thread, events = running(http, server, {"id": name, "offset": -1, "replace": True}, rid="long")
+    thread, events = running(http, server, {"id": name, "offset": -1, "replace": True}, slow=0.03, rid="long")
     refused(send(http, CHUNKS[1], {"id": name, "rid": "long"}), "not finished")
-    assert thread.is_alive()
+    replace = {"id": name, "rid": "long", "replace": True}
+    for ids, more, says in (([3] * 300, {}, "up to 256"), ([10**9], {}, "outside"), ([[3], [4]], {}, "one prompt"),
+                            ([3], {"rid": "long"}, "has a request"), ([3], {"lora_path": "x"}, "adapter"),
+                            ([3], {"sampling_params": {"top_p": 9}}, "top_p")):  # fmt: skip
+        refused(send(http, ids, replace, **more), says)
+    assert "long" in server.engine.scheduler.running, "what is refused ends nothing"
     second = generate(http, CHUNKS[1], {"id": name, "rid": "long", "offset": 10, "replace": True})
     thread.join(30)
     last = json.loads(events[-1])

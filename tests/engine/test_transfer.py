@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -246,7 +247,7 @@ def trl_opens(http, trainer):
 
 
 def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors, checkpoints):
-    """They become one update: at the end, or when tokens are asked for."""
+    """They become one update at the end; whoever asks for tokens before it gets those of the old weights."""
     names = sorted(tensors)
     assert "No communicator" in post(http, "/update_named_param/", {"name": "a", "dtype": "torch.float32", "shape": []},
                                      400)["error"]["message"]  # fmt: skip
@@ -261,7 +262,11 @@ def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors,
     assert server.engine.scheduler.counters.weight_updates == 1
     trl_sends(http, trainer, tensors, names[:1])
     params = {"prompts": [IDS], "max_tokens": 1, "temperature": 0.0}
-    post(http, "/generate/", params)
+    scores = {"sequences": [IDS], "prompt_lengths": [1], "top_logprobs": 1}
+    for path, body in (("/generate/", params), ("/get_sequence_logprobs/", scores)):
+        post(http, path, body)
+        assert server.engine.scheduler.version == "1", "an update that has only begun"
+    post(http, "/reset_prefix_cache/")
     assert server.engine.scheduler.version == "2"
     wrong = {"name": "model.other", "dtype": "torch.float32", "shape": [32]}
     post(http, "/update_named_param/", wrong)
@@ -288,7 +293,7 @@ def test_a_trl_client_that_breaks_off_leaves_the_old_weights(
         told = post(http, "/reset_prefix_cache/", status=400)["error"]["message"]
         assert "did not send what it announced" in told
     else:
-        waits = pool.submit(post, http, "/generate/", {"prompts": [IDS]}, 400)
+        waits = pool.submit(post, http, "/reset_prefix_cache/", status=400)
         with pytest.raises(concurrent.futures.TimeoutError):
             waits.result(0.5)
         post(http, "/close_communicator/")
@@ -296,6 +301,62 @@ def test_a_trl_client_that_breaks_off_leaves_the_old_weights(
     assert "No communicator" in post(http, "/update_named_param/", body, 400)["error"]["message"]
     post(http, "/generate/", {"prompts": [IDS], "max_tokens": 1})
     assert generate(http) == (fresh(checkpoints["v0"]), "0") and server.server.service.worker.healthy
+
+
+def test_what_comes_while_an_update_is_installed_belongs_to_the_next_one(
+    http, server, pool, trainer, tensors, monkeypatch
+):
+    trl = next(e.handler.__self__ for e in server.server.endpoints if e.path == "/close_communicator/")
+    staging, installing, go_on, installed = trl.updates.staging, threading.Event(), threading.Event(), []
+    from_tensors = staging.from_tensors
+
+    def held(parts, version):
+        installing.set()
+        assert go_on.wait(60)
+        installed.append(list(parts))
+        return from_tensors(parts, version)
+
+    monkeypatch.setattr(staging, "from_tensors", held)
+    trl_opens(http, trainer)
+    first, second = sorted(tensors)[:2]
+    for name in (first, second):
+        body = {"name": name, "dtype": "torch.float32", "shape": list(tensors[name].shape)}
+        post(http, "/update_named_param/", body)
+        if name == first:
+            ends = pool.submit(post, http, "/reset_prefix_cache/")
+            wait(trl._settling.locked)
+    trainer.tell("trl", group="trl", names=[first, second])
+    assert installing.wait(60)
+    wait(lambda: trl._work.done(), 60)
+    go_on.set()
+    ends.result(60)
+    post(http, "/close_communicator/")
+    assert installed == [[first], [second]]
+
+
+@pytest.mark.parametrize("path", ["/reset_prefix_cache/", "/close_communicator/"])
+def test_a_communicator_that_fails_in_any_way_can_be_opened_again(
+    http, trainer, tensors, checkpoints, monkeypatch, path
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    name = "model.norm.weight"
+    body = {"name": name, "dtype": "torch.float32", "shape": list(tensors[name].shape)}
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.Group, "receive", full)
+        trl_opens(http, trainer)
+        post(http, "/update_named_param/", body)
+        time.sleep(0.5)
+        assert "No space left" in post(http, path, status=400)["error"]["message"]
+        post(http, path)
+        assert "No communicator" in post(http, "/update_named_param/", body, 400)["error"]["message"]
+    assert generate(http) == (fresh(checkpoints["v0"]), "0")
+    trl_opens(http, trainer)
+    trl_sends(http, trainer, tensors, sorted(tensors))
+    post(http, "/reset_prefix_cache/")
+    assert generate(http)[0] == fresh(checkpoints["v1"])
+    post(http, "/close_communicator/")
 
 
 def receivers():

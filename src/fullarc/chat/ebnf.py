@@ -17,7 +17,7 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 def to_lark(text: str) -> str:
     """The same grammar; its start is `root`. Raises ValueError or OverflowError that says what is wrong."""
     names, defined, wanted = {"root": "r0"}, set[str](), ["root"]
-    lark, at, depth, item = "start: r0", 0, 0, 0  # `item`: where that begins which may be repeated
+    lark, at, depth, item = ["start: r0"], 0, 0, 0  # `item`: where that begins which may be repeated
     while at < len(text):
         match = _TOKEN.match(text, at)
         kind = (match and match.lastgroup) or ""
@@ -38,21 +38,22 @@ def to_lark(text: str) -> str:
         if kind in ("rule", "name"):
             rule = names.setdefault(said, f"r{len(names)}")
             (defined.add if kind == "rule" else wanted.append)(said)
-            lark += f"\n{rule}:" if kind == "rule" else f" {rule}"
+            lark.append(f"\n{rule}:" if kind == "rule" else f" {rule}")
         elif kind == "count":
             count = said if said in "*+?" or "," in said else f"{{{said[1:-1]},{said[1:-1]}}}"
-            whole = lark[item:] if lark[item:] == " )" else f" ({lark[item:]})"
-            lark = f"{lark[:item]}{whole}{count}"
+            lark[item:] = [(" )" if lark[item] == " )" else f" ({lark[item]})") + count]
         elif kind == "mark":
             depth += {"(": 1, ")": -1}.get(said, 0)
-            lark += f" {said}"
+            lark.append(f" {said}")
         else:
-            lark += {"text": _literal, "chars": _class}[kind](said[1:-1]) if kind != "any" else " /(?s:.)/"
+            lark.append(
+                {"text": _literal, "chars": _class}[kind](said[1:-1]) if kind != "any" else " /(?s:.)/"
+            )
         item = before if kind in ("name", "text", "chars", "any") or said == ")" else 0
     missing = next((name for name in wanted if name not in defined), None)
     if missing or depth:
         raise ValueError(f"there is no rule {missing[:100]!r}" if missing else "a parenthesis is not closed")
-    return lark
+    return "".join(lark)
 
 
 def _literal(text: str) -> str:

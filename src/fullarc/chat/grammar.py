@@ -83,10 +83,13 @@ def read_format(given: Any, name: str) -> Grammar | None:
 
 
 class Grammars:
-    """Makes guides for one tokenizer. Compiled forms are kept, the latest KEPT of them; any thread may ask."""
+    """Makes guides for one tokenizer. Compiled forms are kept, the latest KEPT of them; any thread may ask.
+
+    One form is compiled at a time; who asks for one that is kept does not wait for that.
+    """
 
     def __init__(self, tok: Tokenizer) -> None:
-        self._tok, self._lock = tok, threading.Lock()
+        self._tok, self._lock, self._compiling = tok, threading.Lock(), threading.Lock()
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._vocabulary: LLTokenizer | None = None
         self._texts = _bits(text_ids(tok))
@@ -101,12 +104,27 @@ class Grammars:
             thinking: whether the turn begins inside its thoughts.
             instead: what holds for a turn that calls a tool instead, if it may.
         """
+        matcher = self._copy(grammar)
+        if matcher is None:
+            with self._compiling:  # where somebody else has compiled it meanwhile it is there now
+                matcher = self._copy(grammar) or self._keep(grammar, self._compile(grammar))
+        return GrammarGuide(self._tok, matcher, self._texts, ends, thinking, instead)
+
+    def _copy(self, grammar: Grammar) -> "LLMatcher | None":
+        """A copy of one that is kept, the latest one now."""
         with self._lock:
-            matcher = self._compiled.pop(grammar, None) or self._compile(grammar)
+            if grammar not in self._compiled:
+                return None
+            self._compiled.move_to_end(grammar)
+            return self._compiled[grammar].deep_copy()
+
+    def _keep(self, grammar: Grammar, matcher: "LLMatcher") -> "LLMatcher":
+        """Keep it; a copy of it."""
+        with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return GrammarGuide(self._tok, matcher.deep_copy(), self._texts, ends, thinking, instead)
+            return matcher.deep_copy()
 
     def _compile(self, grammar: Grammar) -> "LLMatcher":
         from llguidance import LLMatcher

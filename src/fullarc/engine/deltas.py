@@ -12,7 +12,6 @@ the checksum that its publisher has seen.
 """
 
 import importlib
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,11 +31,30 @@ INDEX = "model.safetensors.index.json"
 _HASHES = {"xxh3-128": ("xxhash", "xxh3_128"), "blake3": ("blake3", "blake3")}
 
 
-def delta_metadata(folder: Path) -> dict[str, Any] | None:
-    """How a published version is written if it is a difference; None for a whole checkpoint."""
-    index = folder / INDEX
-    told = json.loads(index.read_text()).get("metadata") or {} if index.is_file() else {}
-    return told if "delta_encoding" in told else None
+class DeltaMetadata(BaseModel):
+    """How a difference is written."""
+
+    version: int
+    base_version: int
+    delta_encoding: str
+    compression_format: str
+    checksum_format: str
+
+
+class _Index(BaseModel):
+    metadata: dict[str, Any] | None = None
+
+
+def delta_metadata(folder: Path) -> DeltaMetadata | None:
+    """How a published version is written if it is a difference; None for a whole checkpoint. Raises FullarcError."""
+    file = folder / INDEX
+    try:
+        told = (_Index.model_validate_json(file.read_bytes()).metadata or {}) if file.is_file() else {}
+        return DeltaMetadata.model_validate(told) if "delta_encoding" in told else None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        raise FullarcError(f"{file} is no index: {where}{first['msg']}.", "Publish it again.") from None
 
 
 def apply_delta(checkpoint: Path, folder: Path, version: int) -> None:
@@ -44,11 +63,11 @@ def apply_delta(checkpoint: Path, folder: Path, version: int) -> None:
     Raises FullarcError; then some of them may have changed.
     """
     told = delta_metadata(folder)
-    if told is None or (int(told["version"]), int(told["base_version"])) != (version, version - 1):
+    if told is None or (told.version, told.base_version) != (version, version - 1):
         raise FullarcError(f"{folder} is not the difference of version {version} from the one before.")
-    if told["compression_format"] != "zstd":
-        raise FullarcError(f"{folder}: compression {told['compression_format']!r} is not known.", "Use zstd.")
-    checksum, changes = _checksum(told["checksum_format"]), dict[str, bytes]()
+    if told.compression_format != "zstd":
+        raise FullarcError(f"{folder}: compression {told.compression_format!r} is not known.", "Use zstd.")
+    checksum, changes = _checksum(told.checksum_format), dict[str, bytes]()
     sums = dict[str, str]()
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -64,7 +83,7 @@ def apply_delta(checkpoint: Path, folder: Path, version: int) -> None:
             continue
         tensors = load_file(file)
         for name in names.intersection(changes):
-            tensors[name] = _changed(name, tensors[name], changes.pop(name), told["delta_encoding"])
+            tensors[name] = _changed(name, tensors[name], changes.pop(name), told.delta_encoding)
             if (found := checksum(_bytes(tensors[name]))) != sums.get(name):
                 raise FullarcError(
                     f"{folder}: {name} has the checksum {found} then, not {sums.get(name)}.",

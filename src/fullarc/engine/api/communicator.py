@@ -5,8 +5,8 @@ rank and broadcasts a tensor per request. TRL's own communicators are those of G
 the same fields, in the form of its XCCL branch: a TCPStore, the prefix "client2server", broadcast and barrier. Names
 are those on disk. As TRL has it a request is answered before its tensor comes, so the next one tells what fails.
 
-Tensors become one update when /reset_prefix_cache/, with which TRL ends an update, or a request for tokens comes, so no
-token is sampled by weights of which some are new and some are not.
+Tensors become one update when /reset_prefix_cache/ comes, with which TRL ends an update, or the communicator is closed;
+until then tokens are sampled by the old weights. So none is sampled by weights of which some are new and some are not.
 """
 
 import asyncio
@@ -123,9 +123,11 @@ class Communicator:
 
     async def close(self, _http: HttpRequest) -> Response:
         """Leave the group; what is whole becomes an update, what has not come will not."""
-        if self._work and self._work.done():
-            await self.settle()
-        self._leave()
+        try:
+            if self._work and self._work.done():
+                await self.settle()
+        finally:
+            self._leave()
         return answer({"message": "Request received, closing communicator"})
 
     async def settle(self) -> None:
@@ -139,7 +141,8 @@ class Communicator:
 
     async def _receive(self, spec: Spec) -> None:
         group = self.transfer.group(TRL)
-        self._parts |= await in_thread(lambda: group.receive("each", [spec]))
+        got = await in_thread(lambda: group.receive("each", [spec]))
+        self._parts = self._parts | got  # a new one: what is being installed does not change
 
     def _then(self, step: Callable[[], Awaitable[None]]) -> None:
         """Do it behind all that was begun."""
@@ -156,7 +159,7 @@ class Communicator:
         )  # told by the next request
 
     async def _done(self) -> None:
-        """Wait for all that was begun. If some of it failed, nothing is left of it."""
+        """Wait for all that was begun. If some of it failed, nothing is left of it. Raises FullarcError."""
         work = self._work
         try:
             if work:
@@ -168,6 +171,9 @@ class Communicator:
             if work and work.cancelled():
                 raise FullarcError("The communicator was closed meanwhile.", "Open it again.") from None
             raise
+        except Exception as error:
+            self._leave()
+            raise FullarcError(f"The communicator failed: {error!r:.300}.", "Open it again.") from error
 
     def _leave(self) -> None:
         self._joining.stop()

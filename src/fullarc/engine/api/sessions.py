@@ -8,13 +8,14 @@ not aborted, one at a time, and keeps no other. Only tokens are kept: that their
 prefix cache's business.
 
 Invariants: at most MAX_SESSIONS sessions and MAX_TURNS requests are kept, none of them when it is closed or idle for
-its `timeout`; a request that is refused makes a session forget nothing.
+its `timeout`; no two of a session have one name; a request that is refused makes a session forget nothing, and what
+it would replace runs on, unless only the queue refuses it.
 """
 
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,27 +64,39 @@ class SessionParams(BaseModel):
 
 
 class Turn:
-    """One request of a session, which goes on from `parent` as `params` say."""
+    """One request of a session, which goes on from `parent` as `params` say. Raises RequestError if it cannot.
 
-    def __init__(self, parent: "Turn | None", params: SessionParams) -> None:
-        self.parent, self.params = parent, params
+    Attributes:
+        replaces: what is to be ended for it, if that runs.
+    """
+
+    def __init__(self, session: "Session", params: SessionParams) -> None:
+        self.session, self.params = session, params
+        self.parent = session.origin(params)
+        self.replaces = self.parent.request if self.parent else None
         self.name, self.aborted = "", False
         self.request: Request | None = None  # while it runs
         self._ids, self._prompt = array("i"), 0
 
     @property
     def before(self) -> list[int]:
-        """The tokens that come before its own."""
+        """The tokens that come before its own; those so far where the parent runs."""
         if self.parent is None:
             return []
-        ids = self.parent._ids
+        running, ids, prompt = self.parent.request, self.parent._ids, self.parent._prompt
+        if running:
+            ids, prompt = array("i", running.ids), len(running.prompt)
         if self.params.drop_previous_output:
-            ids = ids[: self.parent._prompt]
+            ids = ids[:prompt]
         return ids[: self.params.offset or None].tolist()
 
     def watch(self, request: Request) -> None:
-        """It is this one, which is to be submitted."""
+        """It is this one, which is to be submitted. Raises RequestError where the session has its name already."""
         self.name, self.request, request.on_finish = request.rid, request, self._end
+        if self.session.has(self.name, beside=self):
+            raise RequestError(
+                f"The session has a request {self.name[:200]!r} already.", "Choose another rid, or none."
+            )
 
     def _end(self, request: Request) -> None:
         """Engine thread: keep its tokens, and nothing else of it."""
@@ -104,12 +117,13 @@ class Session:
     def __init__(self, streaming: bool, timeout: float | None) -> None:
         self.streaming, self.timeout = streaming, timeout
         self.turns: dict[str, Turn] = {}
-        self.used, self.begun = time.monotonic(), 0
+        self.coming: list[Turn] = []  # not kept yet
+        self.used = time.monotonic()
 
     @property
     def busy(self) -> bool:
         """Whether a request comes or runs."""
-        return self.begun > 0 or any(turn.request for turn in self.turns.values())
+        return bool(self.coming) or any(turn.request for turn in self.turns.values())
 
     @property
     def over(self) -> bool:
@@ -136,15 +150,25 @@ class Session:
             raise RequestError("A streaming session has one request at a time.", "Wait for its end.")
         return next((turn for turn in reversed(self.turns.values()) if not turn.aborted), None)
 
+    def has(self, name: str, beside: Turn) -> bool:
+        """Whether another request has this name, of those that stay and those that come."""
+        coming = (other.name for other in self.coming if other is not beside)
+        return name in self._staying(beside) or name in coming
+
+    def _staying(self, turn: Turn) -> dict[str, Turn]:
+        """What is kept beside a request."""
+        origin = turn.parent
+        if self.streaming:
+            return {name: other for name, other in self.turns.items() if other is origin}
+        if turn.params.replace:
+            return {n: t for n, t in self.turns.items() if origin and (t is origin or origin not in t.line())}
+        return self.turns
+
     def keep(self, turn: Turn) -> list[Request]:
         """A request was submitted. Returns those that it replaces and that still run."""
-        origin, kept = turn.parent, self.turns
-        if self.streaming:
-            kept = {name: other for name, other in kept.items() if other is origin}
-            if origin:
-                origin.parent = None
-        elif turn.params.replace:
-            kept = {n: t for n, t in kept.items() if origin and (t is origin or origin not in t.line())}
+        kept = self._staying(turn)
+        if self.streaming and turn.parent:
+            turn.parent.parent = None
         gone = [other.request for name, other in self.turns.items() if name not in kept]
         self.turns = kept | {turn.name: turn}
         return [request for request in gone if request]
@@ -185,7 +209,8 @@ class Sessions:
 
     @asynccontextmanager
     async def turn(self, params: SessionParams | None) -> AsyncIterator[Turn | None]:
-        """What a request with `params` goes on from; inside it is submitted, or refused and forgotten.
+        """What a request with `params` goes on from; inside it is submitted, or refused and forgotten. What it
+        `replaces` is to be ended before.
 
         Raises RequestError for what the session has not.
         """
@@ -193,22 +218,23 @@ class Sessions:
             yield None
             return
         session = self._find(params.id)
-        origin = session.origin(params)
+        turn = Turn(session, params)
         if sum(len(other.turns) for other in self.open_ones.values()) >= MAX_TURNS:
             raise BadRequest(f"The sessions have {MAX_TURNS} requests. Close some.", status=429)
-        session.begun += 1
+        session.coming.append(turn)
         try:
-            if origin and (running := origin.request):
-                await self._end([running])
-            turn = Turn(origin, params)
             yield turn
-            await self._end(session.keep(turn))
+            await self.end(session.keep(turn))
         finally:
-            session.begun -= 1
+            session.coming.remove(turn)
             session.used = time.monotonic()
 
-    async def _end(self, requests: list[Request]) -> None:
+    async def end(self, requests: list[Request], instead: Iterable[Request] = ()) -> None:
+        """End what runs. Raises RequestError, and then it runs on, if what is to come `instead` can never be served."""
+
         def act(scheduler: Scheduler) -> None:
+            for request in instead:
+                scheduler.check(request)
             for request in requests:
                 scheduler.cancel(request)
 

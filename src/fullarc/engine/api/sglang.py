@@ -239,7 +239,7 @@ def finish_reason(request: Request, ended: str, count: int) -> dict[str, Any] | 
         return {"type": "stop", "matched": request.matched}
     if ended == "length":
         return {"type": "length", "length": count}
-    if request.lost:
+    if ended and request.lost:
         return {"type": "abort", "message": "Abort: the grammar grew too complex to go on."}
     if ended:
         return {
@@ -267,6 +267,10 @@ class Sglang:
         formed = any(wire.formed for wire in sampling)
         async with self.sessions.turn(body.session_params) as turn:
             plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
+            if turn and turn.replaces:
+                # it ends when nothing is wrong with this one, which then has all its tokens
+                await self.sessions.end([turn.replaces], plan.requests)
+                plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
             for request in plan.requests:
                 request.session = session_of(http, body.routing_key)
             watch = await self.service.submit(plan.requests, each_token=body.stream)

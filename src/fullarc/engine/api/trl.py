@@ -162,7 +162,6 @@ class Trl:
     async def _sample(
         self, http: HttpRequest, body: SamplingFields, prompts: Sequence[list[int]]
     ) -> Response:
-        await self.communicator.settle()
         sampling = body.sampling()
         wire, top = sampling.native(None), sampling.logprobs or 0
         self._fits(len(prompts) * wire.n)
@@ -197,7 +196,6 @@ class Trl:
             length > len(ids) for length, ids in zip(lengths, body.sequences, strict=False)
         ):
             raise RequestError("prompt_lengths needs a length for each of sequences, none of them too long.")
-        await self.communicator.settle()
         self._fits(len(lengths))
         name, wire = self.service.next_id("trl"), SamplingBody(max_new_tokens=0)
         requests = [
