@@ -166,3 +166,19 @@ def http(server: "Running") -> Iterator[httpx.Client]:
     """A client of the server."""
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture
+def gpt(server: "Running") -> Any:
+    """OpenAI's client of the server."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def claude(server: "Running") -> Any:
+    """Anthropic's client of the server."""
+    import anthropic
+
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)

@@ -21,16 +21,6 @@ def server(talking):
     running.stop()
 
 
-@pytest.fixture
-def gpt(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def claude(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-
-
 def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):
     tok: Tokenizer = talking[1]
     says(7, f"list it</think>{CALL}<|observation|>")

@@ -23,16 +23,6 @@ def server(talking):
     running.stop()
 
 
-@pytest.fixture
-def gpt(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def claude(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-
-
 def check(name, arguments):
     assert {"deep", "count"} <= set(arguments) <= {"deep", "count", "how"}
     assert isinstance(arguments["deep"], bool) and type(arguments["count"]) is int

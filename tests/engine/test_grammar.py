@@ -162,11 +162,6 @@ def server(talking):
     running.stop()
 
 
-@pytest.fixture
-def gpt(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
 def wrapped(schema):
     return {"type": "json_schema", "json_schema": {"name": "file", "schema": schema, "strict": True}}
 

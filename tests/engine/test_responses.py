@@ -28,11 +28,6 @@ def server(talking):
     running.stop()
 
 
-@pytest.fixture
-def gpt(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
 def test_a_call_is_made_answered_and_gone_on_from(gpt, says, talking):
     tok = talking[1]
     ask = dict(model="talking", instructions="print", tools=[TOOL])

@@ -97,7 +97,7 @@ def test_a_shared_indexer_learns_from_all_layers_that_it_serves() -> None:
     seen = tuple(seen)  # of the forward pass: the backward pass computes them again
     indexer = model.layers[0].self_attn.indexer
     gradient = torch.autograd.grad(loss, list(indexer.parameters()), retain_graph=True)
-    mean = sum(attention for _, attention, _ in seen) / 3  # heads are summed and rows normalised inside
+    mean = sum(attention for _, attention, _ in seen) / 3  # rows are normalised inside
     kl, rows = original(seen[0][0], mean, seen[0][2])
     expected = torch.autograd.grad(kl / rows, list(indexer.parameters()))
     for ours, by_hand in zip(gradient, expected, strict=True):

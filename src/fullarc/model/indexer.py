@@ -249,12 +249,12 @@ class _KlSum(torch.autograd.Function):
     """`indexer_kl`'s sum; its gradient is made in the forward pass, and both for some queries at a time."""
 
     @staticmethod
-    def forward(ctx: Any, scores_BTS: Tensor, attention_BHTS: Tensor, support_BTS: Tensor) -> Tensor:
+    def forward(ctx: Any, scores_BTS: Tensor, mass_BTS: Tensor, support_BTS: Tensor) -> Tensor:
         grad_BTS = torch.empty_like(scores_BTS) if ctx.needs_input_grad[0] else None
         total = scores_BTS.new_zeros(())
         for few in spans(0, scores_BTS.shape[1], FEW):
             none_BtS = ~support_BTS[:, few]
-            p_BtS = attention_BHTS[:, :, few].sum(1).masked_fill_(none_BtS, 0.0)
+            p_BtS = mass_BTS[:, few].masked_fill(none_BtS, 0.0)
             p_BtS /= p_BtS.sum(-1, keepdim=True).clamp_min_(TARGET_FLOOR)
             log_q_BtS = scores_BTS[:, few].masked_fill(none_BtS, -torch.inf).log_softmax(-1)
             log_q_BtS.masked_fill_(none_BtS, 0.0)
@@ -271,11 +271,11 @@ class _KlSum(torch.autograd.Function):
         return grad_BTS * grads[0], None, None
 
 
-def indexer_kl(scores_BTS: Tensor, attention_BHTS: Tensor, support_BTS: Tensor) -> tuple[Tensor, Tensor]:
+def indexer_kl(scores_BTS: Tensor, mass_BTS: Tensor, support_BTS: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over query rows of KL(p || softmax(I)) on `support`, and the number of rows.
 
-    p is the main attention summed over heads and normalised on the support, detached (DeepSeek-V3.2, Eqs 3-4):
+    p is `mass`, the main attention summed over heads, normalised on the support and detached (DeepSeek-V3.2, Eqs 3-4):
     the support is all causal keys during warm-up and the selected set afterwards. Rows without support count 0.
     """
-    total: Tensor = _KlSum.apply(scores_BTS, attention_BHTS.detach(), support_BTS)
+    total: Tensor = _KlSum.apply(scores_BTS, mass_BTS.detach(), support_BTS)
     return total, support_BTS.any(-1).sum()

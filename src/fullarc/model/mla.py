@@ -189,7 +189,7 @@ class MLA(nn.Module):
         if seen.valid_BT is not None:
             support = support & seen.valid_BT[:, chunk.part, None]
         support = support.expand_as(scores_BtS)
-        return indexer_kl(scores_BtS, self._mass(q_BHtd, k_BHSd, support)[:, None], support)
+        return indexer_kl(scores_BtS, self._mass(q_BHtd, k_BHSd, support), support)
 
     # --- gathered form --------------------
 
@@ -222,7 +222,7 @@ class MLA(nn.Module):
         support = positions >= 0
         if seen.valid_BT is not None:
             support &= seen.valid_BT[:, part, None]
-        kl, rows = indexer_kl(index.scores_at(part, positions), mass_Btk[:, None], support)
+        kl, rows = indexer_kl(index.scores_at(part, positions), mass_Btk, support)
         return out_BtHV, kl, rows
 
     @torch.no_grad()
