@@ -190,6 +190,22 @@ def test_a_stop_string_is_found_while_the_next_pass_runs(checkpoints, tmp_path):
     assert seen[1] == (seen[0][0] + 1, *seen[0][1:])
 
 
+def test_who_counts_log_probs_finds_all_that_was_asked_for(checkpoints, tmp_path):
+    """A stream reads from another thread, whenever it likes."""
+    made, one = engine(checkpoints["v0"], tmp_path), request("one", STOPPED | dict(stop="", new=5))
+
+    class Counted(list):
+        def append(self, value):
+            assert len(one.top_logprobs) == len(one.output) == len(self) + 1
+            super().append(value)
+
+    one.logprobs = Counted()
+    made.scheduler.submit(one)
+    while not one.finish:
+        made.scheduler.step()
+    assert len(one.logprobs) == 5
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_slot_that_a_stop_string_frees_is_given_away_in_the_next_step(checkpoints, tmp_path, overlap):
     """Also to a request that came when the string was not found yet."""
