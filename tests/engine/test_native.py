@@ -21,7 +21,7 @@ from fullarc.engine.native import NativeCore, Unavailable, pack
 from fullarc.engine.native import library as native_library
 from fullarc.engine.native.core import multiply
 from fullarc.engine.native.library import library
-from fullarc.engine.native.sample import draw, logprobs
+from fullarc.engine.native.sample import draw, likeliest, logprobs, truncated
 from fullarc.engine.native.weights import BF16, F32, INT4, INT8, Packer
 from fullarc.engine.sampling import uniforms
 from fullarc.engine.weights import prepare as prepare_plain
@@ -192,6 +192,63 @@ def test_both_draw_the_same_numbers():
     words = ctypes.c_uint64 * len(seeds)
     library().fullarc_uniform(len(seeds), words(*seeds), words(*positions), ours)
     assert list(ours) == uniforms(seeds, positions).tolist()
+
+
+def ordered(logits, temperature):
+    """Ids from the likeliest on, and their probabilities, in double precision."""
+    chances = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(chances)), key=lambda token: (-logits[token].item(), token))
+    return order, [chances[token] for token in order]
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 101, 1500])
+@pytest.mark.parametrize("kind", ["any", "ties", "forbidden", "same"])
+def test_truncation_keeps_what_sorting_keeps(vocab, kind):
+    """Every cut alone and together, against sums along a sorted row; ties fall by id."""
+    cuts = [(k, p, m) for k in (0, 1, 7, 5000) for p in (1.0, 0.9, 0.3, 1e-9) for m in (0.0, 0.05, 1.0)]
+    row = randn(vocab, seed=vocab) * 3
+    if kind == "ties":
+        row = row.round()
+    elif kind == "forbidden":
+        row[1::2] = -torch.inf
+    elif kind == "same":
+        row = torch.zeros(vocab)
+    temperatures = [(0.3, 1.0, 2.5)[n % 3] for n in range(len(cuts))]
+    logits = row.repeat(len(cuts), 1)
+    before = logits.clone()
+    out = truncated(logits, temperatures, *zip(*cuts, strict=True))
+    assert torch.equal(logits, before), "only the copy is cut"
+    for cut, temperature, got in zip(cuts, temperatures, out, strict=True):
+        top_k, top_p, min_p = cut
+        order, chances = ordered(row, temperature)
+        count = min(top_k or vocab, vocab)
+        total, below, expected, unsure = sum(chances[:count]), 0.0, set(), set()
+        for token, chance in list(zip(order, chances, strict=True))[:count]:
+            if top_p < 1 and abs(below - top_p * total) < 2e-6:  # fp32 may fall on either side
+                unsure.add(token)
+            if min_p and chance < chances[0] and abs(chance - min_p * chances[0]) < 1e-6 * chances[0]:
+                unsure.add(token)
+            if (top_p == 1 or below < top_p * total) and chance >= min_p * chances[0]:
+                expected.add(token)
+            below += chance
+        kept = set((got > -torch.inf).nonzero()[:, 0].tolist())
+        expected -= {token for token in expected if row[token] == -torch.inf}
+        assert (kept ^ expected) <= unsure, (cut, temperature)
+        assert order[0] in kept and len(unsure) <= 4
+        assert torch.equal(got[sorted(kept)], row[sorted(kept)])
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 101, 1500])
+def test_the_likeliest_are_those_that_sorting_finds(vocab):
+    rows = [randn(vocab) * 3, (randn(vocab) * 3).round(), torch.zeros(vocab), -randn(vocab).abs()]
+    counts = [min(count, vocab) for count in (5, 128, 20, 0)]
+    logits, temperatures = torch.stack(rows), [1.0, 0.5, 2.0, 1.0]
+    for row, count, temperature, got in zip(
+        rows, counts, temperatures, likeliest(logits, temperatures, counts), strict=True
+    ):
+        order, chances = ordered(row, temperature)
+        assert [token for _, token in got] == order[:count]
+        assert [value for value, _ in got] == pytest.approx(np.log(chances[:count]).tolist(), abs=1e-5)
 
 
 # --- the forward pass -------------------------------------------------------------------------------------------------

@@ -29,8 +29,16 @@ def check_distribution(tokens, expected):
     assert chi < QUANTILE[len(support) - 1]
 
 
+@pytest.fixture(params=["native", "torch"])
+def either(request, monkeypatch):
+    """By the kernels in C, and without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr("fullarc.engine.sampling.available", lambda: False)
+    return request.param
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_follow_the_softmax(temperature):
+def test_tokens_follow_the_softmax(temperature, either):
     tokens, logprobs = draw(temperature=temperature)
     expected = (LOGITS.double() / temperature).softmax(-1).tolist()
     check_distribution(tokens, expected)
@@ -46,7 +54,7 @@ def test_tokens_follow_the_softmax(temperature):
         (dict(min_p=0.2), {0, 3, 4}),
     ],
 )
-def test_truncation_keeps_the_head_and_logprobs_of_the_whole(cut, kept):
+def test_truncation_keeps_the_head_and_logprobs_of_the_whole(cut, kept, either):
     tokens, logprobs = draw(**cut)
     p = LOGITS.double().softmax(-1)
     mass = sum(p[i] for i in kept)
@@ -57,11 +65,12 @@ def test_truncation_keeps_the_head_and_logprobs_of_the_whole(cut, kept):
 
 
 def test_the_smallest_uniform_never_picks_a_token_without_mass(monkeypatch):
+    monkeypatch.setattr("fullarc.engine.sampling.available", lambda: False)
     monkeypatch.setattr("fullarc.engine.sampling.uniforms", lambda seeds, positions: np.zeros(len(seeds)))
     assert sample(LOGITS[None], [SamplingParams(top_k=1)], [0])[0] == [3]
 
 
-def test_one_row_does_not_change_another():
+def test_one_row_does_not_change_another(either):
     mixed = [SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.3), SamplingParams(temperature=0.0)]
     tokens, logprobs = sample(LOGITS.expand(3, -1), mixed, [4, 5, 6])
     for i, params in enumerate(mixed):
@@ -69,7 +78,7 @@ def test_one_row_does_not_change_another():
         assert alone == ([tokens[i]], [logprobs[i]])
 
 
-def test_greedy_takes_the_lowest_id_on_ties_and_scores_at_temperature_one():
+def test_greedy_takes_the_lowest_id_on_ties_and_scores_at_temperature_one(either):
     tied = torch.tensor([[0.0, 2.0, 2.0, -1.0]])
     assert argmax(tied).tolist() == [1]
     tokens, logprobs = sample(tied, [SamplingParams(temperature=0.0)], [0])
@@ -96,7 +105,7 @@ def test_absurd_values_are_refused(bad):
 
 
 @pytest.mark.parametrize("cut, kept", [({}, {1, 2, 4, 5}), (dict(top_k=2), {1, 4}), (dict(top_p=0.5), {4})])
-def test_forbidden_tokens_are_never_chosen_and_the_rest_keeps_its_proportions(cut, kept):
+def test_forbidden_tokens_are_never_chosen_and_the_rest_keeps_its_proportions(cut, kept, either):
     tokens, logprobs = draw(forbidden=frozenset({0, 3}), **cut)
     p = LOGITS.double().softmax(-1)
     mass = sum(p[i] for i in kept)
@@ -108,14 +117,14 @@ def test_forbidden_tokens_are_never_chosen_and_the_rest_keeps_its_proportions(cu
     assert sample(LOGITS[None], [greedy], [0])[0] == [0]
 
 
-def test_what_one_request_forbids_changes_nothing_for_its_neighbour():
+def test_what_one_request_forbids_changes_nothing_for_its_neighbour(either):
     params = [SamplingParams(seed=1, forbidden=frozenset({0, 3})), SamplingParams(seed=2)]
     together = sample(LOGITS.expand(2, -1), params, [5, 6])
     alone = sample(LOGITS[None], params[1:], [6])
     assert (together[0][1], together[1][1]) == (alone[0][0], alone[1][0])
 
 
-def test_the_likeliest_tokens_come_best_first_with_the_lower_id_on_ties():
+def test_the_likeliest_tokens_come_best_first_with_the_lower_id_on_ties(either):
     logits = torch.tensor([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 5.0]])
     params = [SamplingParams(top_logprobs=3, temperature=2.0), SamplingParams(top_logprobs=1)]
     first, second = top_logprobs(logits, params)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fullarc.engine.native.library import available
-from fullarc.engine.native.sample import draw, logprobs
+from fullarc.engine.native.sample import draw, likeliest, logprobs, truncated
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_SEED = 2**64 - 1
@@ -151,55 +151,19 @@ def sample(
     `steered_NV` are the logits to choose from, where penalties make them differ from those that log-probs tell of.
     `drafted`: rows whose token was drafted, the drafts, and the probabilities [rows, V] that they were drawn from.
     """
-    rejected = set(drafted[0]) if drafted else set()
-    if available():
-        plain = [row for row, p in enumerate(params) if p.plain and row not in rejected]
-        if len(plain) == len(params):
-            return draw(logits_NV, [p.temperature for p in params], [p.seed for p in params], positions)
-        if plain:
-            return _apart(plain, logits_NV, params, positions, steered_NV, drafted)
-    logp_NV = kept_NV = _logprobs(logits_NV, params)
-    if steered_NV is not None and steered_NV is not logits_NV:
-        logits_NV, kept_NV = steered_NV, _logprobs(steered_NV, params)
-    chances_NV, logits_NV = _chances(logits_NV, kept_NV, params)
+    chosen_NV = _choosable(logits_NV if steered_NV is None else steered_NV, params)
     seeds = [p.seed for p in params]
-    if chances_NV is None:
-        token_N = argmax(logits_NV)
-    else:
-        token_N = _inverse(chances_NV, uniforms(seeds, positions))
-        if drafted is not None and drafted[0]:
-            rows, drafts, q_MV = drafted
-            at_M, some = torch.tensor(rows), ([seeds[row] for row in rows], [positions[row] for row in rows])
-            token_N[at_M] = _rejection(chances_NV[at_M], torch.tensor(drafts), q_MV, *some)
-        if any(p.temperature == 0 for p in params):
-            greedy_N = torch.tensor([p.temperature == 0 for p in params])
-            token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
+    if available() and not (drafted and drafted[0]):
+        apart_NV = None if chosen_NV is logits_NV else chosen_NV
+        return draw(logits_NV, [p.temperature for p in params], seeds, positions, apart_NV)
+    token_N = _drawn(chosen_NV, params, positions)
+    if drafted and drafted[0]:
+        rows, drafts, q_MV = drafted
+        at_M, some = torch.tensor(rows), ([seeds[row] for row in rows], [positions[row] for row in rows])
+        p_MV = _chances(chosen_NV[at_M], [params[row] for row in rows])
+        token_N[at_M] = _rejection(p_MV, torch.tensor(drafts), q_MV, *some)
+    logp_NV = _logprobs(logits_NV, params)
     return token_N.tolist(), logp_NV.gather(1, token_N[:, None])[:, 0].tolist()
-
-
-def _apart(
-    plain: list[int],
-    logits_NV: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    steered_NV: Tensor | None,
-    drafted: tuple[Sequence[int], Sequence[int], Tensor] | None,
-) -> tuple[list[int], list[float]]:
-    """`sample` where some rows are plain and others are not: each row is drawn as it would be alone."""
-    others = sorted(set(range(len(params))) - set(plain))
-    tokens, logprobs = [0] * len(params), [0.0] * len(params)
-    for rows in (plain, others):
-        at = torch.tensor(rows)
-        known = (
-            drafted and ([rows.index(row) for row in drafted[0]], *drafted[1:]) if rows is others else None
-        )
-        drawn = sample(
-            logits_NV[at], [params[row] for row in rows], [positions[row] for row in rows],
-            None if steered_NV is None or rows is plain else steered_NV[at], known,
-        )  # fmt: skip
-        for row, token, logprob in zip(rows, *drawn, strict=True):
-            tokens[row], logprobs[row] = token, logprob
-    return tokens, logprobs
 
 
 @torch.inference_mode()
@@ -210,32 +174,45 @@ def draft(
 
     Otherwise they are drawn by the number that will draw the token itself, which makes equal draws likely.
     """
-    if not independent and all(p.plain for p in params) and available():
-        return draw(logits_NV, [p.temperature for p in params], [p.seed for p in params], positions)[0], None
-    chances_NV, logits_NV = _chances(logits_NV, _logprobs(logits_NV, params), params)
-    if chances_NV is None:
-        return argmax(logits_NV).tolist(), None
-    stream = DRAFT if independent else PLAIN
-    token_N = _inverse(chances_NV, uniforms([p.seed for p in params], positions, stream))
-    greedy_N = torch.tensor([p.temperature == 0 for p in params])
-    token_N = torch.where(greedy_N, argmax(logits_NV), token_N)
-    return token_N.tolist(), chances_NV if independent else None
+    chosen_NV = _choosable(logits_NV, params)
+    if not independent or all(p.temperature == 0 for p in params):
+        return _drawn(chosen_NV, params, positions).tolist(), None
+    chances_NV = _chances(chosen_NV, params)
+    token_N = _inverse(chances_NV, uniforms([p.seed for p in params], positions, DRAFT))
+    return _greedy(token_N, chosen_NV, params).tolist(), chances_NV
 
 
-def _chances(
-    logits_NV: Tensor, logp_NV: Tensor, params: Sequence[SamplingParams]
-) -> tuple[Tensor | None, Tensor]:
-    """What tokens are drawn from [N, V], None if all rows are greedy; and the logits of tokens that may be chosen."""
+def _choosable(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits with -inf for tokens that may not be drawn; `logits_NV` itself where all may."""
     never = [(row, token) for row, p in enumerate(params) for token in sorted(p.forbidden)]
     if never:
-        at = torch.tensor(never).unbind(1)
-        logp_NV, logits_NV = (x.index_put(at, torch.tensor(-torch.inf)) for x in (logp_NV, logits_NV))
-    if all(p.temperature == 0 for p in params):
-        return None, logits_NV
+        logits_NV = logits_NV.index_put(torch.tensor(never).unbind(1), torch.tensor(-torch.inf))
     if any(p.truncates for p in params):
-        logp_NV = _truncate(logp_NV, params)
+        cuts = [(p.top_k, p.top_p, p.min_p) if p.truncates else (0, 1.0, 0.0) for p in params]
+        return (truncated if available() else _truncated)(
+            logits_NV, _temperatures(params), *zip(*cuts, strict=True)
+        )
+    return logits_NV
+
+
+def _drawn(chosen_NV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+    """A token [N] for each row, by the number of its seed and position."""
+    seeds = [p.seed for p in params]
+    if available():
+        return torch.tensor(draw(chosen_NV, [p.temperature for p in params], seeds, positions)[0])
+    token_N = _inverse(_chances(chosen_NV, params), uniforms(seeds, positions))
+    return _greedy(token_N, chosen_NV, params)
+
+
+def _greedy(token_N: Tensor, chosen_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The tokens, or the first greatest logit's where the temperature is 0."""
+    return torch.where(torch.tensor([p.temperature == 0 for p in params]), argmax(chosen_NV), token_N)
+
+
+def _chances(chosen_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What tokens are drawn from [N, V]."""
     # softmax works row by row; exp's bits depend on the place
-    return logp_NV.softmax(-1).double(), logits_NV
+    return _logprobs(chosen_NV, params).softmax(-1).double()
 
 
 def _inverse(chances_NV: Tensor, u: np.ndarray) -> Tensor:
@@ -268,12 +245,14 @@ def told_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
 @torch.inference_mode()
 def top_logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[tuple[float, int]]]:
     """The likeliest tokens of each row as (log-prob, id), best first, as many as its request wants; see `sample`."""
-    count = min(max(p.top_logprobs for p in params), logits_NV.shape[-1])
+    counts = [min(p.top_logprobs, logits_NV.shape[-1]) for p in params]
+    if available():
+        return likeliest(logits_NV, _temperatures(params), counts)
     values_NC, ids_NC = _logprobs(logits_NV, params).sort(dim=-1, descending=True, stable=True)
-    best = zip(values_NC[:, :count].tolist(), ids_NC[:, :count].tolist(), strict=True)
+    most = max(counts)
+    best = zip(values_NC[:, :most].tolist(), ids_NC[:, :most].tolist(), strict=True)
     return [
-        list(zip(values, ids, strict=True))[: p.top_logprobs]
-        for p, (values, ids) in zip(params, best, strict=True)
+        list(zip(values, ids, strict=True))[:count] for count, (values, ids) in zip(counts, best, strict=True)
     ]
 
 
@@ -293,12 +272,13 @@ def supports(steered_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[
     forbidden tokens and truncation leave, and the log-probs with which it is drawn. With temperature 0 the argmax
     alone.
     """
-    chances_NV, logits_NV = _chances(steered_NV, _logprobs(steered_NV, params), params)
-    best_N, rows = argmax(logits_NV).tolist(), list[list[tuple[float, int]]]()
+    chosen_NV = _choosable(steered_NV, params)
+    chances_NV = _chances(chosen_NV, params)
+    best_N, rows = argmax(chosen_NV).tolist(), list[list[tuple[float, int]]]()
     for row, p in enumerate(params):
         if not p.support:
             rows.append([])
-        elif p.temperature == 0 or chances_NV is None:
+        elif p.temperature == 0:
             rows.append([(0.0, best_N[row])])
         else:
             ids = chances_NV[row].nonzero()[:, 0]
@@ -308,10 +288,15 @@ def supports(steered_NV: Tensor, params: Sequence[SamplingParams]) -> list[list[
 
 def _logprobs(logits_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Log-probs [N, V] at each request's temperature (1 where it is 0)."""
-    temperatures = [p.temperature or 1.0 for p in params]
+    temperatures = _temperatures(params)
     if available():
         return logprobs(logits_NV, temperatures)
     return (logits_NV / torch.tensor(temperatures)[:, None]).log_softmax(-1)
+
+
+def _temperatures(params: Sequence[SamplingParams]) -> list[float]:
+    """Those that log-probs are told at."""
+    return [p.temperature or 1.0 for p in params]
 
 
 def argmax(logits_NV: Tensor) -> Tensor:
@@ -321,17 +306,20 @@ def argmax(logits_NV: Tensor) -> Tensor:
     return torch.where(best_NV, torch.arange(size), size).amin(-1)
 
 
-def _truncate(logp_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """`logp` with the tokens outside top-k, then top-p, then min-p at -inf; the best token always stays."""
-    size = logp_NV.shape[-1]
+def _truncated(
+    logits_NV: Tensor, temperatures: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
+    min_p: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Logits with the tokens outside top-k, then top-p, then min-p at -inf; the best token always stays."""
+    size = logits_NV.shape[-1]
+    logp_NV = (logits_NV / torch.tensor(temperatures)[:, None]).log_softmax(-1)
     ordered_NV, order_NV = logp_NV.sort(dim=-1, descending=True, stable=True)
-    k_N = torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in params])
+    k_N = torch.tensor([min(k, size) if k > 0 else size for k in top_k])
     keep_NV = torch.arange(size) < k_N[:, None]
     mass_NV = ordered_NV.masked_fill(~keep_NV, -torch.inf).exp().double()
     before_NV = mass_NV.cumsum(-1) - mass_NV
-    p_N = torch.tensor([p.top_p for p in params], dtype=torch.float64)
+    p_N = torch.tensor(top_p, dtype=torch.float64)
     keep_NV &= (before_NV < p_N[:, None] * mass_NV.sum(-1, keepdim=True)) | (p_N[:, None] >= 1)
-    min_p_N = torch.tensor([p.min_p for p in params])
-    keep_NV &= (ordered_NV - ordered_NV[:, :1]).exp() >= min_p_N[:, None]
+    keep_NV &= (ordered_NV - ordered_NV[:, :1]).exp() >= torch.tensor(min_p)[:, None]
     keep_NV[:, 0] = True
-    return logp_NV.masked_fill(~torch.zeros_like(keep_NV).scatter_(1, order_NV, keep_NV), -torch.inf)
+    return logits_NV.masked_fill(~torch.zeros_like(keep_NV).scatter_(1, order_NV, keep_NV), -torch.inf)

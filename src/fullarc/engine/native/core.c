@@ -179,10 +179,32 @@ API void fullarc_uniform(int count, const uint64_t *seeds, const uint64_t *posit
     for (int i = 0; i < count; i++) out[i] = uniform(seeds[i], positions[i]);
 }
 
-/* A token and its log-prob for each row of `logits` [rows, vocab], `ld` apart (whole vectors); `room`: two rows. */
-API void fullarc_sample(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const uint64_t *seeds,
-                        const uint64_t *positions, float *room, int32_t *tokens, float *logprobs) {
+/* A token for each row of `chosen` [rows, vocab], and its log-prob in that of `logits`, which may be the same; their rows are `ld`
+   and `ldc` apart (whole vectors). `room`: two rows. */
+API void fullarc_sample(float *logits, int64_t ld, float *chosen, int64_t ldc, int rows, int vocab, const float *temperatures,
+                        const uint64_t *seeds, const uint64_t *positions, float *room, int32_t *tokens, float *logprobs) {
     float unused;
+    double total;
+    for (int r = 0; r < rows; r++) {
+        tokens[r] = draw(chosen + r * ldc, vocab, temperatures[r], uniform(seeds[r], positions[r]), room, logprobs + r, &unused);
+        if (chosen == logits) continue;
+        float log_total = soften_row(logits + r * ld, vocab, temperatures[r], room, room + WHOLE(vocab), &total);
+        logprobs[r] = room[tokens[r]] - log_total;
+    }
+}
+
+/* Cuts every row as `truncate_row` does. `room`: two rows. */
+API void fullarc_truncate(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const int32_t *top_k,
+                          const double *top_p, const float *min_p, float *room) {
     for (int r = 0; r < rows; r++)
-        tokens[r] = draw(logits + r * ld, vocab, temperatures[r], uniform(seeds[r], positions[r]), room, logprobs + r, &unused);
+        if (top_k[r] > 0 || top_p[r] < 1 || min_p[r] > 0)
+            truncate_row(logits + r * ld, vocab, temperatures[r], top_k[r], top_p[r], min_p[r], room);
+}
+
+/* Of every row the counts[r] likeliest tokens and their log-probs: [rows, most]. `room`: two rows. */
+API void fullarc_likeliest(float *logits, int64_t ld, int rows, int vocab, const float *temperatures, const int32_t *counts, int most,
+                           float *room, int32_t *tokens, float *logprobs) {
+    for (int r = 0; r < rows; r++)
+        if (counts[r])
+            likeliest_row(logits + r * ld, vocab, temperatures[r], counts[r], room, tokens + r * most, logprobs + r * most);
 }

@@ -12,19 +12,53 @@ from fullarc.engine.native.weights import LANES, whole
 
 
 def draw(
-    logits_NV: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
-) -> tuple[list[int], list[float]]:
-    """Tokens and log-probs of rows, each at its temperature (0: argmax), by the number of its seed and position."""
+    logits_NV: Tensor, temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int],
+    chosen_NV: Tensor | None = None,
+) -> tuple[list[int], list[float]]:  # fmt: skip
+    """Tokens and log-probs of rows, each at its temperature (0: argmax), by the number of its seed and position.
+
+    Drawn from `chosen_NV`, where that differs from the logits that log-probs tell of.
+    """
     rows, vocab = logits_NV.shape
     filled = _filled(logits_NV)
-    room = torch.empty(2 * (vocab + LANES))
-    at_N, words = (ctypes.c_float * rows)(*temperatures), ctypes.c_uint64 * rows
+    chosen = filled if chosen_NV is None else _filled(chosen_NV)
+    room, at_N, words = _room(vocab), (ctypes.c_float * rows)(*temperatures), ctypes.c_uint64 * rows
     token_N, logprob_N = (ctypes.c_int32 * rows)(), (ctypes.c_float * rows)()
     library().fullarc_sample(
-        filled.data_ptr(), filled.stride(0), rows, vocab, at_N, words(*seeds), words(*positions), room.data_ptr(),
-        token_N, logprob_N,
+        filled.data_ptr(), filled.stride(0), chosen.data_ptr(), chosen.stride(0), rows, vocab, at_N, words(*seeds),
+        words(*positions), room.data_ptr(), token_N, logprob_N,
     )  # fmt: skip
     return list(token_N), list(logprob_N)
+
+
+def truncated(
+    logits_NV: Tensor, temperatures: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
+    min_p: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """The rows with -inf for what each one's truncation cuts off (0, 1 and 0: nothing), in memory of their own."""
+    rows, vocab = logits_NV.shape
+    out_NV, room, floats = torch.empty(rows, whole(vocab)), _room(vocab), ctypes.c_float * rows
+    out_NV[:, :vocab] = logits_NV
+    library().fullarc_truncate(
+        out_NV.data_ptr(), out_NV.stride(0), rows, vocab, floats(*temperatures), (ctypes.c_int32 * rows)(*top_k),
+        (ctypes.c_double * rows)(*top_p), floats(*min_p), room.data_ptr(),
+    )  # fmt: skip
+    return out_NV[:, :vocab]
+
+
+def likeliest(
+    logits_NV: Tensor, temperatures: Sequence[float], counts: Sequence[int]
+) -> list[list[tuple[float, int]]]:
+    """The likeliest tokens of each row as (log-prob, id), best first, the lower id first among equals."""
+    rows, vocab = logits_NV.shape
+    filled, room, most = _filled(logits_NV), _room(vocab), max(counts)
+    token_N, logprob_N = (ctypes.c_int32 * (rows * most))(), (ctypes.c_float * (rows * most))()
+    library().fullarc_likeliest(
+        filled.data_ptr(), filled.stride(0), rows, vocab, (ctypes.c_float * rows)(*temperatures),
+        (ctypes.c_int32 * rows)(*counts), most, room.data_ptr(), token_N, logprob_N,
+    )  # fmt: skip
+    pairs = list(zip(logprob_N, token_N, strict=True))
+    return [pairs[row * most : row * most + count] for row, count in enumerate(counts)]
 
 
 def logprobs(logits_NV: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -37,6 +71,10 @@ def logprobs(logits_NV: Tensor, temperatures: Sequence[float]) -> Tensor:
         filled.data_ptr(), filled.stride(0), rows, vocab, at_N, room.data_ptr(), out_NV.data_ptr()
     )
     return out_NV[:, :vocab]
+
+
+def _room(vocab: int) -> Tensor:
+    return torch.empty(2 * whole(vocab))
 
 
 def _filled(logits_NV: Tensor) -> Tensor:
