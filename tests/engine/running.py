@@ -13,8 +13,10 @@ from fullarc.engine.server import Server
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, folder, api_key=None, max_len=256, max_batch=4, draft_steps=0):
-        self.engine = Engine(folder, max_batch=max_batch, max_len=max_len, draft_steps=draft_steps)
+    def __init__(self, folder, api_key=None, max_len=256, max_batch=4, draft_steps=0, overlap=False):
+        self.engine = Engine(
+            folder, max_batch=max_batch, max_len=max_len, draft_steps=draft_steps, overlap=overlap
+        )
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.server = Server(self.engine, str(folder), api_key)

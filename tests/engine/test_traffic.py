@@ -1,17 +1,20 @@
 """Mixed traffic: nothing depends on what is done behind a step, nobody is harmed by others, and nothing is kept."""
 
 import gc
+import json
 import random
 import time
 import weakref
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import httpx
 import pytest
 from adapters import adapter, stored
 from kept import whole
+from running import Running
 
-from fullarc.engine import Engine, SamplingParams
+from fullarc.engine import Engine, SamplingParams, sampler
 from fullarc.engine.behind import Behind
 from fullarc.engine.engine import load_weights
 from fullarc.engine.prefix import BLOCK
@@ -190,20 +193,84 @@ def test_a_stop_string_is_found_while_the_next_pass_runs(checkpoints, tmp_path):
     assert seen[1] == (seen[0][0] + 1, *seen[0][1:])
 
 
-def test_who_counts_log_probs_finds_all_that_was_asked_for(checkpoints, tmp_path):
-    """A stream reads from another thread, whenever it likes."""
-    made, one = engine(checkpoints["v0"], tmp_path), request("one", STOPPED | dict(stop="", new=5))
+ASKED = [dict(top_logprobs=2), dict(logprob_ids=(4, 9)), dict(support=True, top_p=0.9)]
+ASKED.append({name: value for asked in ASKED for name, value in asked.items()})
 
-    class Counted(list):
-        def append(self, value):
-            assert len(one.top_logprobs) == len(one.output) == len(self) + 1
-            super().append(value)
 
-    one.logprobs = Counted()
-    made.scheduler.submit(one)
-    while not one.finish:
-        made.scheduler.step()
-    assert len(one.logprobs) == 5
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_else_could_be_drawn_is_told_while_the_next_pass_runs(checkpoints, tmp_path, steps):
+    """Another thread that goes by `told` finds all there, whenever it looks; nobody ends before."""
+    answers = []
+    for overlap in (False, True):
+        made, behind = engine(checkpoints["v0"], tmp_path, overlap, draft_steps=steps, max_batch=5), []
+        asking = [request(str(n), STOPPED | dict(stop="", new=9, seed=0)) for n in range(5)]
+        for one, asked in zip(asking[1:], ASKED, strict=True):  # the first one asks for nothing
+            one.params = replace(one.params, **asked)
+            one.on_finish = lambda r, behind=behind: behind.append(len(r.logprobs) - r.told)
+        forward = made.scheduler.core.forward
+
+        def slow(*given, asking=asking, behind=behind, forward=forward):
+            behind.append(sum(len(one.logprobs) - one.told for one in asking))
+            time.sleep(0.02)
+            result = forward(*given)
+            behind.append(sum(len(one.logprobs) - one.told for one in asking))
+            return result
+
+        made.scheduler.core.forward = slow
+        for one in asking:
+            made.scheduler.submit(one)
+        while not made.scheduler.idle:
+            made.scheduler.step()
+            for one in asking[1:]:
+                assert one.told == len(one.logprobs) if one.finish or not overlap else True
+        if steps == 0:
+            assert behind == [0, 0] + [4 * overlap, 0] * 8 + [0] * 4
+        answers.append([(answer(one), one.ids_logprobs, one.supports) for one in asking])
+        assert all(one.told == 9 for one in asking)
+        lengths = [tuple(map(len, (one.top_logprobs, one.ids_logprobs, one.supports))) for one in asking]
+        assert lengths == [(0, 0, 0), (9, 0, 0), (0, 9, 0), (0, 0, 9), (9, 9, 9)]
+    assert answers[0] == answers[1]
+
+
+def lines(client, path, body):
+    with client.stream("POST", path, json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line[6:])
+
+
+def test_streams_in_every_dialect_wait_for_what_is_told_late(talking, monkeypatch):
+    """Events hold all that was asked of their tokens, however late it is told; together they are the whole reply."""
+    real = sampler._tell_alternatives
+    monkeypatch.setattr(sampler, "_tell_alternatives", lambda *given: (time.sleep(0.01), real(*given)))
+    running, ids = Running(talking[0], overlap=True), talking[1].encode("so list it then")
+    cases = [
+        ("/generate", dict(input_ids=ids, return_logprob=True, top_logprobs_num=2, token_ids_logprob=[4],
+                           sampling_params={"max_new_tokens": 12, "sampling_seed": 3, "ignore_eos": True})),
+        ("/v1/completions", dict(model="m", prompt=ids, logprobs=2, max_tokens=12, seed=3, ignore_eos=True)),
+        ("/v1/chat/completions", dict(model="m", messages=[{"role": "user", "content": "so"}], logprobs=True,
+                                      top_logprobs=2, max_tokens=12, seed=3, ignore_eos=True)),
+        ("/inference/v1/generate", dict(token_ids=ids, sampling_params={
+            "max_tokens": 12, "seed": 3, "logprobs": 2, "ignore_eos": True})),
+    ]  # fmt: skip
+    with httpx.Client(base_url=running.url, timeout=60, trust_env=False) as client:
+        for path, body in cases:
+            whole, events = client.post(path, json=body).json(), list(lines(client, path, body))
+            assert len(events) > 3, path
+            if path == "/generate":
+                for meta in (event["meta_info"] for event in events):
+                    count = meta["completion_tokens"]
+                    assert len(meta["output_top_logprobs"]) == len(meta["output_token_ids_logprobs"]) == count
+                for name in ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs"):
+                    assert events[-1]["meta_info"][name] == whole["meta_info"][name]
+                continue
+            told = [event["choices"][0].get("logprobs") for event in events if event["choices"]]
+            expected = whole["choices"][0]["logprobs"]
+            for name in ("content", "tokens", "token_logprobs", "top_logprobs"):
+                if name in expected:
+                    assert [x for part in told if part for x in part[name]] == expected[name], (path, name)
+                    assert len(expected[name]) == 12
+    running.stop()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

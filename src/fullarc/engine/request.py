@@ -108,6 +108,16 @@ class Request:
         return self.score_from >= 0 and len(self.input_logprobs) < len(self.prompt) - max(self.score_from, 1)
 
     @property
+    def told(self) -> int:
+        """Output tokens of which all that was asked for is there: those that other threads may read; in the end all."""
+        params, count = self.params, len(self.logprobs)
+        if params.top_logprobs:
+            count = min(count, len(self.top_logprobs))
+        if params.logprob_ids:
+            count = min(count, len(self.ids_logprobs))
+        return min(count, len(self.supports)) if params.support else count
+
+    @property
     def output(self) -> list[int]:
         """The completion so far."""
         return self.ids[len(self.prompt) :]

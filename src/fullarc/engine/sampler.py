@@ -1,7 +1,9 @@
 """From the states of a step to what requests get of them: log-probs of prompts, tokens and their end, and drafts.
 
-A token's own bookkeeping is done at once. Stop strings may be looked for behind the next forward pass (`behind`): if
-one is found, the row that the pass has computed in vain is not sampled from, so a request gets the same either way.
+A token and its own bookkeeping are done at once: the next forward pass begins with them. What else could have been
+drawn may be told, and stop strings looked for, behind that pass (`behind`). If one is found, the row that the pass has
+computed in vain is not sampled from, so a request gets the same either way. It ends when all that it asked for is
+there; until then its readers go by `Request.told`.
 """
 
 from collections.abc import Container, Sequence
@@ -40,13 +42,8 @@ class Part(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A token, its log-prob, and of its place the likeliest tokens, those asked for, and those that could be drawn."""
-
     token: int
     logprob: float
-    top: list[tuple[float, int]]
-    told: list[tuple[float, int]]
-    support: list[tuple[float, int]]
 
 
 class Sampler:
@@ -85,19 +82,26 @@ class Sampler:
         steered = penalised(logits, params, [request.prompt for request in owners], ids)
         steered = guided(steered, [request.guide for request in owners])
         known = (drafted, drafts, torch.stack(q)) if q else None
-        sampled = zip(*sample(logits, params, [len(i) for i in ids], steered, known), strict=True)
-        nothing: list[list[tuple[float, int]]] = [[]] * len(rows)
-        tops = top_logprobs(logits, params) if any(p.top_logprobs for p in params) else nothing
-        told = chosen_logprobs(logits, params) if any(p.logprob_ids for p in params) else nothing
-        kept = supports(steered, params) if any(p.support for p in params) else nothing
-        choices = [_Choice(*choice, *more) for choice, *more in zip(sampled, tops, told, kept, strict=True)]
-        ends, at, now = list[tuple[Request, str]](), 0, monotonic()
+        choices = list(map(_Choice, *sample(logits, params, [len(i) for i in ids], steered, known)))
+        ends, kept, at, now = list[tuple[Request, str]](), list[int](), 0, monotonic()
         for part in parts:
-            count = 1 + len(part.request.spec.drafts)
-            part.request.first_token = part.request.first_token or now
-            if finish := self._commit(part.request, choices[at : at + count]):
-                ends.append((part.request, finish))
+            request, count, before = (
+                part.request,
+                1 + len(part.request.spec.drafts),
+                len(part.request.logprobs),
+            )
+            request.first_token = request.first_token or now
+            if finish := self._commit(request, choices[at : at + count]):
+                ends.append((request, finish))
+            if request.params.alternatives:
+                kept += range(at, at + len(request.logprobs) - before)
             at += count
+        if kept:
+            tell = partial(_tell_alternatives, logits[kept], steered[kept], [owners[row] for row in kept])
+            if ends:  # some of them may end
+                tell()
+            else:
+                self.behind.later(tell)
         return ends
 
     def draft(
@@ -178,12 +182,6 @@ class Sampler:
         """Append one sampled token; how the request ends with it, or ""."""
         token, version, params = choice.token, self.core.weights.version, request.params
         request.ids.append(token)
-        if params.top_logprobs:
-            request.top_logprobs.append(choice.top)
-        if params.logprob_ids:
-            request.ids_logprobs.append(choice.told)
-        if params.support:
-            request.supports.append(choice.support)
         request.logprobs.append(choice.logprob)  # last: who reads from another thread counts these
         if request.guide:
             request.guide.feed(token)
@@ -222,3 +220,17 @@ class Sampler:
         self.looking -= 1
         if self._look(request, token, armed):
             self.stopped.append(request)
+
+
+def _tell_alternatives(logits_NV: Tensor, steered_NV: Tensor, owners: Sequence[Request]) -> None:
+    """Append to each row's request what could have been drawn there: the likeliest, those asked for, the support."""
+    params = [request.params for request in owners]
+    if any(p.top_logprobs for p in params):
+        for request, top in zip(owners, top_logprobs(logits_NV, params), strict=True):
+            request.top_logprobs += [top] if request.params.top_logprobs else []
+    if any(p.logprob_ids for p in params):
+        for request, told in zip(owners, chosen_logprobs(logits_NV, params), strict=True):
+            request.ids_logprobs += [told] if request.params.logprob_ids else []
+    if any(p.support for p in params):
+        for request, support in zip(owners, supports(steered_NV, params), strict=True):
+            request.supports += [support] if request.params.support else []

@@ -115,6 +115,11 @@ class SamplingParams:
         return not (self.truncates or self.forbidden or self.penalises or self.guided)
 
     @property
+    def alternatives(self) -> bool:
+        """Whether more than the token that was drawn is told at each step."""
+        return bool(self.top_logprobs or self.logprob_ids or self.support)
+
+    @property
     def truncates(self) -> bool:
         """Whether the distribution is cut before sampling."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)

@@ -194,7 +194,7 @@ class Growing:
     def news(self) -> tuple[str, str]:
         """What reasoning and content have gained."""
         request, stops = self.request, self.request.stops
-        self.tokens = min(len(request.logprobs), len(stops.certain)) if stops else len(request.logprobs)
+        self.tokens = min(request.told, len(stops.certain)) if stops else request.told
         start, new = len(request.prompt), []
         for token in request.ids[start + self._fed : start + self.tokens]:
             length = self._length + len(self._bytes_of(token))
@@ -264,7 +264,7 @@ class Chat:
             if not body.separate_reasoning and message.reasoning:
                 message = Message("assistant", _joined(message), "", message.tool_calls)
             choice = {"index": index, "message": message_json(message), "finish_reason": turn.finish}
-            choices.append(choice | self._told(body, request, turn, 0, len(request.logprobs)))
+            choices.append(choice | self._told(body, request, turn, 0, request.told))
         reply = head(self.service, conversation.name, "chat.completion", requests)
         if body.return_token_ids or body.return_prompt_token_ids:
             reply["prompt_token_ids"] = requests[0].prompt

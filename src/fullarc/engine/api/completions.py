@@ -136,13 +136,13 @@ class _Teller:
 
     def news(self) -> bool:
         """Whether there is something to tell."""
-        return bool(self.request.finish) or len(self.request.logprobs) > self._told
+        return bool(self.request.finish) or self.request.told > self._told
 
     def choice(self, index: int) -> dict[str, Any]:
         """OpenAI's choice."""
         request, body, first = self.request, self.body, self._first
         done = bool(request.finish)  # read first: when it is set, all tokens are there
-        begin, end, self._first = self._told, len(request.logprobs), False
+        begin, end, self._first = self._told, request.told, False
         self._told = end
         start, text = len(request.prompt), self.text.read() if self.text else ""
         echo = bool(body.echo) and first

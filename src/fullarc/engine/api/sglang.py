@@ -168,7 +168,7 @@ class Teller:
         """SGLang's answer."""
         request = self.request
         ended = request.finish  # read first: when it is set, all tokens are there
-        count, start = len(request.logprobs), len(request.prompt)
+        count, start = request.told, len(request.prompt)
         output = request.ids[start : start + count]
         meta: dict[str, Any] = {
             "id": request.rid,
@@ -289,7 +289,7 @@ async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:
         await watch.changed()
         for index in sorted(open_ones):
             request = plan.requests[index]
-            done, count = bool(request.finish), len(request.logprobs)
+            done, count = bool(request.finish), request.told
             if not done and count == told[index]:
                 continue
             told[index] = count

@@ -31,7 +31,7 @@ class GrowingText:
         request = self._request
         ended = bool(request.finish)  # read first: when it is set, all tokens are there
         start, stops = len(request.prompt), request.stops
-        count = min(len(request.logprobs), len(stops.certain)) if stops else len(request.logprobs)
+        count = min(request.told, len(stops.certain)) if stops else request.told
         for token in request.ids[start + self.tokens : start + count]:
             data = self._tok.token_bytes(token)
             self._pieces.append((self._length, b"" if token in self._hidden else data))

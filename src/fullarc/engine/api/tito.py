@@ -106,7 +106,7 @@ class _Teller:
         """vLLM's choice with token ids."""
         request = self.request
         done = bool(request.finish)  # read first: when it is set, all tokens are there
-        begin, end, start = self.told, len(request.logprobs), len(request.prompt)
+        begin, end, start = self.told, request.told, len(request.prompt)
         self.told = end
         choice: dict[str, Any] = {
             "index": index,
@@ -166,7 +166,7 @@ async def _events(name: str, tellers: list[_Teller], watch: Watch) -> AsyncItera
     while open_ones:
         await watch.changed()
         for index, teller in list(open_ones.items()):
-            if not teller.request.finish and len(teller.request.logprobs) == teller.told:
+            if not teller.request.finish and teller.request.told == teller.told:
                 continue
             choice = teller.choice(index)
             yield event({"request_id": name, "choices": [choice]})

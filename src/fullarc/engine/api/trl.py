@@ -235,7 +235,7 @@ def _with(best: Pairs, own: tuple[float, int]) -> Pairs:
 def _sampled(request: Request, top: int) -> list[Pairs]:
     """What each sampled token was drawn with."""
     rows = []
-    for at, token in enumerate(request.output):
+    for at, token in enumerate(request.output[: request.told]):
         if request.params.support:
             drawable = sorted(request.supports[at], key=lambda pair: (-pair[0], pair[1]))
             value = next(value for value, other in drawable if other == token)
