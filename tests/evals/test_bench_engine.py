@@ -114,6 +114,13 @@ def test_where_the_choice_is_everything_sparse_is_dense(folder):
         assert torch.allclose(a, b, atol=1e-4) == same
 
 
+@pytest.mark.slow
+def test_every_way_of_sampling_is_measured(folder):
+    told = bench_engine.sampling(folder, streams=2, new=4)
+    assert [claim["target"] for claim in told] == [">= 0.75", ">= 0.75", "> 1"]
+    assert told[2]["value"] > 0 and told[2]["ok"] == (told[2]["value"] > 1)
+
+
 def test_vllm_runs_a_model_of_the_size_and_is_asked_for_by_name():
     ours = bench_engine_peers.TINY.parameter_count() / 1e6
     shape = bench_engine_vllm.GLM4_MOE

@@ -1,8 +1,8 @@
 """`fullarc bench engine`: is the engine the one to choose for this model on a CPU?
 
 Against others: `bench_engine_peers` (transformers, llama.cpp) and, where it is asked for, `bench_engine_vllm`. Against
-itself: what a long context, drafts (`bench_engine_drafts`), a conversation, a second process, HTTP
-(`bench_engine_http`) and new weights cost.
+itself: what a long context, drafts (`bench_engine_drafts`), truncation and alternatives, a conversation, a second
+process, HTTP (`bench_engine_http`) and new weights cost.
 One thread, sides in turn, medians of REPEATS; the claims are ratios, because seconds drift. Sizes: the small GLM-5 that
 all peers have been measured with (`TINY`) and the laptop's.
 
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fullarc.evals.bench_train import in_turn
 from fullarc.model import load_model
 from fullarc.train.parallel import Ranks, launch
 
-PARTS = ("peers", "long", "drafts", "turns", "processes", "http", "update")
+PARTS = ("peers", "long", "drafts", "sampling", "turns", "processes", "http", "update")
 ASKED = ("vllm", "overlap")
 """Parts that are measured only when they are named."""
 LONG, LONGER, DENSE_AT = 4096, 65_536, 32_768
@@ -70,6 +71,8 @@ def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield from long_contexts(folders["tiny"])
             elif part == "drafts":
                 yield from bench_engine_drafts.claims(chosen.checkpoint)
+            elif part == "sampling":
+                yield from sampling(folders["2m"])
             elif part == "turns":
                 yield from turns(folders["tiny"])
             elif part == "processes":
@@ -129,6 +132,30 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
               f"and {short_scan * unit:.2f} ms", better="lower"),
         claim(f"decode at {DENSE_AT:,}: sparse against dense absorbed attention", saved, "x", ">= 3", saved >= 3,
               f"{sparse * unit:.2f} against {whole * unit:.2f} ms"),
+    ]  # fmt: skip
+
+
+# --- more than a plain draw -------------------------------------------------------------------------------------
+
+
+def sampling(folder: Path, streams: int = 64, new: int = 128) -> list[dict[str, Any]]:
+    """What it costs to cut distributions, and to tell more than the token, at once or behind the next pass."""
+    at_once, behind = (Engine(folder, streams, 2 * (32 + new), overlap=overlap) for overlap in (False, True))
+    asked = prompts(streams, 32, 1000)
+    cut: dict[str, Any] = {"top_p": 0.95}
+    more: dict[str, Any] = {"top_logprobs": 5}
+    ways = [(at_once, {}), (at_once, cut), (at_once, more), (behind, more)]
+    plain, truncated, told, later = in_turn(
+        [partial(engine.generate, asked, new, stop_ids=(), **way) for engine, way in ways], REPEATS
+    )
+    rate = streams * new
+    return [
+        claim(f"{streams} streams with top-p 0.95, of those without", plain / truncated, "x", ">= 0.75",
+              plain / truncated >= 0.75, f"{rate / truncated:,.0f} and {rate / plain:,.0f} tokens/s"),
+        claim(f"{streams} streams with five alternatives told behind the next pass, of those without",
+              plain / later, "x", ">= 0.75", plain / later >= 0.75, f"{rate / later:,.0f} tokens/s"),
+        claim("alternatives told behind the next pass against at once", told / later, "x", "> 1", told / later > 1,
+              f"{rate / later:,.0f} and {rate / told:,.0f} tokens/s"),
     ]  # fmt: skip
 
 
