@@ -114,8 +114,10 @@ def test_the_automaton_finds_what_searching_finds(stops, text, rng):
         break
 
 
-def test_penalties_equal_their_formulas_and_transformers():
-    random.seed(0)
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_penalties_equal_their_formulas_and_transformers(kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr("fullarc.engine.penalties.available", lambda: False)
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     prompt, ids = [1, 2, 3], [1, 2, 3, 7, 7, 9]
     p = [
@@ -129,6 +131,36 @@ def test_penalties_equal_their_formulas_and_transformers():
     change = (out[1] - logits[1]).tolist()
     assert [round(change[v], 5) for v in (7, 9, 4, 1, 0)] == [-1.25, -0.75, 3.0, 0.0, 0.0]
     assert torch.equal(out[2], logits[2]) and penalised(logits, p[2:], [prompt], [ids]) is logits
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_penalties_of_many_rows_at_once_are_those_of_each(kernels, monkeypatch):
+    """Neutral rows between them, rows without output, one token many times; token by token in double precision."""
+    if kernels == "torch":
+        monkeypatch.setattr("fullarc.engine.penalties.available", lambda: False)
+    rng, params, prompts, ids = random.Random(0), [], [], []
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for row in range(40):
+        prompts.append([rng.randrange(50) for _ in range(rng.randrange(1, 60))])
+        ids.append(prompts[-1] + [rng.randrange(9) for _ in range(row % 4 * 20)])
+        params.append(SamplingParams(
+            repetition_penalty=rng.choice([1.0, 0.5, 1.3]), frequency_penalty=rng.choice([0.0, -1.0, 0.7]),
+            presence_penalty=rng.choice([0.0, 1.5]), logit_bias=rng.choice([(), ((3, 1.5), (8, -2.0))]),
+        ))  # fmt: skip
+    expected = logits.double().tolist()
+    for row, p, prompt, known in zip(expected, params, prompts, ids, strict=True):
+        for v in range(50):
+            said, seen = known[len(prompt) :].count(v), v in known
+            if seen:
+                row[v] = row[v] / p.repetition_penalty if row[v] > 0 else row[v] * p.repetition_penalty
+            row[v] += (
+                dict(p.logit_bias).get(v, 0.0) - p.frequency_penalty * said - p.presence_penalty * (said > 0)
+            )
+    before = logits.clone()
+    assert torch.allclose(
+        penalised(logits, params, prompts, ids).double(), torch.tensor(expected).double(), atol=1e-5
+    )
+    assert torch.equal(logits, before)
 
 
 def test_penalties_steer_the_choice_and_not_the_logprobs(http, talking):

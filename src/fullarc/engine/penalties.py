@@ -14,7 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fullarc.engine.native.library import available
+from fullarc.engine.native.sample import penalise
 from fullarc.engine.sampling import SamplingParams
+
+NEUTRAL = (1.0, 0.0, 0.0)
 
 
 @torch.inference_mode()
@@ -30,18 +34,33 @@ def penalised(
     """
     if not any(p.penalises for p in params):
         return logits_NV
-    out_NV = logits_NV.clone()
-    for row_V, p, prompt, known in zip(out_NV, params, prompts, ids, strict=True):
-        if not p.penalises:
-            continue
-        if p.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(known)))
-            old = row_V[seen]
-            row_V[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
-        output = known[len(prompt) :]
-        if output and (p.frequency_penalty or p.presence_penalty):
-            count_V = torch.tensor(output).bincount(minlength=len(row_V))
-            row_V -= p.frequency_penalty * count_V + p.presence_penalty * (count_V > 0)
-        for token, bias in p.logit_bias:
-            row_V[token] += bias
+    out_NV = logits_NV.contiguous().clone()
+    told = [
+        (row, (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)) for row, p in enumerate(params)
+    ]
+    rows, factors = (
+        [row for row, given in told if given != NEUTRAL],
+        [given for _, given in told if given != NEUTRAL],
+    )
+    if rows and available():
+        penalise(out_NV, rows, [ids[row] for row in rows], [len(prompts[row]) for row in rows], factors)
+    else:
+        for row, given in zip(rows, factors, strict=True):
+            _penalise(out_NV[row], ids[row], len(prompts[row]), *given)
+    biases = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.logit_bias]
+    if biases:
+        at, tokens, values = zip(*biases, strict=True)
+        out_NV.index_put_((torch.tensor(at), torch.tensor(tokens)), torch.tensor(values), accumulate=True)
     return out_NV
+
+
+def _penalise(
+    row_V: Tensor, ids: list[int], prompt: int, repetition: float, frequency: float, presence: float
+) -> None:
+    if repetition != 1:
+        seen = torch.tensor(sorted(set(ids)))
+        old = row_V[seen]
+        row_V[seen] = torch.where(old > 0, old / repetition, old * repetition)
+    if len(ids) > prompt:
+        count_V = torch.tensor(ids[prompt:]).bincount(minlength=len(row_V))
+        row_V -= frequency * count_V + presence * (count_V > 0)

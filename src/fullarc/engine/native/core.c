@@ -208,3 +208,11 @@ API void fullarc_likeliest(float *logits, int64_t ld, int rows, int vocab, const
         if (counts[r])
             likeliest_row(logits + r * ld, vocab, temperatures[r], counts[r], room, tokens + r * most, logprobs + r * most);
 }
+
+/* Penalties of `rows` rows, `ld` apart: that of place at[r] by its own `lengths[r]` ids, which lie one after another. */
+API void fullarc_penalise(float *logits, int64_t ld, int rows, const int32_t *at, const int32_t *ids, const int32_t *lengths,
+                          const int32_t *prompts, const float *penalties, int32_t *counts) {
+    for (int r = 0; r < rows; ids += lengths[r++])
+        penalise_row(logits + at[r] * ld, ids, lengths[r], prompts[r], penalties[3 * r], penalties[3 * r + 1], penalties[3 * r + 2],
+                     counts);
+}

@@ -61,6 +61,8 @@ def library(processor: str = PROCESSOR) -> ctypes.CDLL:
     built.fullarc_truncate.argtypes = [pointer, int64, int32, int32, *[pointer] * 5]
     built.fullarc_likeliest.restype = None
     built.fullarc_likeliest.argtypes = [pointer, int64, int32, int32, pointer, pointer, int32, *[pointer] * 3]
+    built.fullarc_penalise.restype = None
+    built.fullarc_penalise.argtypes = [pointer, int64, int32, *[pointer] * 6]
     built.fullarc_uniform.restype = None
     built.fullarc_uniform.argtypes = [int32, pointer, pointer, pointer]
     return built

@@ -142,3 +142,20 @@ static void likeliest_row(float *logits, int vocab, float temperature, int count
     }
     for (int i = 0; i < found; i++) logprobs[i] = x[tokens[i]] - log_total;
 }
+
+/* Steers a row of logits by the sequence so far, `known` ids of which the first `prompt` were given (engine/penalties.py has the
+   formulas). `counts`: one a token, all zero before and after. */
+static void penalise_row(float *logits, const int32_t *ids, int known, int prompt, float repetition, float frequency, float presence,
+                         int32_t *counts) {
+    for (int i = 0; i < known && repetition != 1; i++) {
+        int32_t v = ids[i];
+        if (!counts[v]++) logits[v] = logits[v] > 0 ? logits[v] / repetition : logits[v] * repetition;
+    }
+    for (int i = 0; i < known; i++) counts[ids[i]] = 0;
+    for (int i = prompt; i < known; i++) counts[ids[i]]++;
+    for (int i = prompt; i < known; i++) {
+        int32_t v = ids[i];
+        if (counts[v]) logits[v] -= frequency * counts[v] + presence;
+        counts[v] = 0;
+    }
+}

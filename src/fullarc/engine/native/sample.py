@@ -1,6 +1,8 @@
 """Tokens from logits in one call; `sample.h` does it row by row, so a row's token depends on nothing else."""
 
 import ctypes
+import itertools
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +46,20 @@ def truncated(
         (ctypes.c_double * rows)(*top_p), floats(*min_p), room.data_ptr(),
     )  # fmt: skip
     return out_NV[:, :vocab]
+
+
+def penalise(
+    logits_NV: Tensor, rows: Sequence[int], ids: Sequence[list[int]], prompts: Sequence[int],
+    penalties: Sequence[tuple[float, float, float]],
+) -> None:  # fmt: skip
+    """Steer rows, in place, by their ids so far, of which so many are the prompt's: repetition, frequency, presence."""
+    count, ints = len(rows), ctypes.c_int32 * len(rows)
+    flat = array("i", itertools.chain.from_iterable(ids))
+    counts = torch.zeros(logits_NV.shape[1], dtype=torch.int32)
+    library().fullarc_penalise(
+        logits_NV.data_ptr(), logits_NV.stride(0), count, ints(*rows), flat.buffer_info()[0], ints(*map(len, ids)),
+        ints(*prompts), (ctypes.c_float * (3 * count))(*itertools.chain.from_iterable(penalties)), counts.data_ptr(),
+    )  # fmt: skip
 
 
 def likeliest(
