@@ -170,8 +170,8 @@ class Tokenizer:
         return b"".join(self._bytes[i] for i in known).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for (a special token: its name)."""
-        return self._bytes[token_id]
+        """The bytes that one id stands for (a special token: its name); none for a model's further ids."""
+        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def id(self, name: str) -> int:
         """Id of a special token by its name; KeyError for anything else."""
