@@ -1,4 +1,4 @@
-"""A large body is read and tokenised beside the event loop: others are answered meanwhile."""
+"""Large bodies are read, and large answers written, beside the event loop: others are answered meanwhile."""
 
 import json
 import threading
@@ -7,6 +7,8 @@ import time
 import httpx
 import pytest
 from running import Running
+
+from fullarc.engine.api import fields
 
 TEXT = "the file holds a number so list it then print hello done " * 20_000  # 1 MB to tokenise
 FILLER = "x" * (24 * 2**20)  # to parse only
@@ -40,6 +42,15 @@ def server(talking):
 )
 def test_health_answers_while_a_large_body_is_tokenised(server, http, path, body, status):
     content = json.dumps(body | {"filler": FILLER}).encode()
+    reply, took, longest = watched(server, http, path, content)
+    assert reply.status_code == status, reply.text[:300]
+    if status == 400:
+        assert "tokens; the engine serves sequences of up to 256" in reply.text
+    assert longest < took / 3, (took, longest)
+
+
+def watched(server, http, path, content):
+    """The reply, how long it took, and the longest time between two answers of /health meanwhile."""
     answers, waits = [], []
     asking = threading.Thread(target=lambda: answers.append(httpx.post(
         server.url + path, content=content, timeout=600, trust_env=False)))  # fmt: skip
@@ -51,7 +62,43 @@ def test_health_answers_while_a_large_body_is_tokenised(server, http, path, body
         waits.append(now - last)
         last = now
     took = time.monotonic() - begin
-    assert answers[0].status_code == status, answers[0].text[:300]
-    if status == 400:
-        assert "tokens; the engine serves sequences of up to 256" in answers[0].text
-    assert max(waits) < took / 3, (took, sorted(waits)[-3:])
+    return answers[0], took, max(waits)
+
+
+IDS = [3 + (i * i) % 400 for i in range(250)]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"input_ids": [IDS] * 8, "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 128,
+                       "return_text_in_logprobs": True, "sampling_params": {"max_new_tokens": 0}}),
+        ("/generate", {"input_ids": IDS[:4], "return_logprob": True, "top_logprobs_num": 128, "stream": True,
+                       "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}),
+        ("/v1/completions", {"model": "m", "prompt": [IDS] * 8, "echo": True, "logprobs": 100, "max_tokens": 0}),
+        ("/inference/v1/generate", {"token_ids": IDS, "sampling_params": {"max_tokens": 4, "prompt_logprobs": 100}}),
+    ],
+)  # fmt: skip
+def test_health_answers_while_a_large_answer_is_written(server, http, path, body):
+    reply, took, longest = watched(server, http, path, json.dumps(body).encode())
+    assert reply.status_code == 200 and len(reply.content) > 500_000
+    assert longest < 0.1, (took, longest)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages"])
+def test_many_stop_strings_are_prepared_beside_the_event_loop(server, http, path, monkeypatch):
+    threads, real = [], fields.StopStrings
+    monkeypatch.setattr(
+        fields, "StopStrings", lambda given: (threads.append(threading.current_thread()), real(given))[1]
+    )
+    stops = [f"stop {n:04} here" for n in range(2000)]
+    chat = {"model": "m", "messages": [{"role": "user", "content": "so"}], "max_tokens": 2}
+    body = {
+        "/generate": {"text": "so", "sampling_params": {"stop": stops, "max_new_tokens": 2}},
+        "/v1/completions": {"model": "m", "prompt": "so", "stop": stops, "max_tokens": 2},
+        "/v1/chat/completions": chat | {"stop": stops},
+        "/v1/messages": chat | {"stop_sequences": stops},
+    }[path]
+    assert http.post(path, json=body).status_code == 200
+    assert threads and server.thread not in threads

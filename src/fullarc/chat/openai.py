@@ -5,7 +5,7 @@ Invariant: whatever a client sends ends as a value of the right type or as a `Ba
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fullarc.chat.messages import Message
@@ -126,3 +126,40 @@ def message_json(message: Message) -> dict[str, Any]:
 def dump(value: Any) -> bytes:
     """ASCII JSON: survives any text a model or client can produce, lone surrogates included."""
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def dump_in_parts(value: Any) -> bytes:
+    """The same of something large: the encoder lets no other thread run, so no call of it may be long."""
+    return b"".join(_parts(value))
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
+        for number, (name, part) in enumerate(value.items()):
+            yield (b"," if number else b"{") + dump(str(name)) + b":"
+            yield from _parts(part)
+        yield b"}"
+    elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+        for number, part in enumerate(value):
+            yield b"," if number else b"["
+            yield from _parts(part)
+        yield b"]"
+    else:
+        yield dump(value)
+
+
+class GrowingList:
+    """A list in JSON whose rows are written once, in blocks, for the same reason."""
+
+    def __init__(self) -> None:
+        self.rows, self._blocks = 0, list[bytes]()
+
+    def add(self, rows: list[Any]) -> None:
+        """Write more rows."""
+        if rows:
+            self.rows += len(rows)
+            self._blocks.append(dump(rows)[1:-1])
+
+    def json(self) -> bytes:
+        """All of it."""
+        return b"[" + b",".join(self._blocks) + b"]"

@@ -118,6 +118,12 @@ class Request:
         return min(count, len(self.supports)) if params.support else count
 
     @property
+    def numbers(self) -> int:
+        """About how many its answer holds."""
+        of_token = 1 + self.params.top_logprobs + len(self.params.logprob_ids)
+        return of_token * (len(self.logprobs) + len(self.input_logprobs)) + sum(map(len, self.supports))
+
+    @property
     def output(self) -> list[int]:
         """The completion so far."""
         return self.ids[len(self.prompt) :]

@@ -29,7 +29,7 @@ from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
+from fullarc.engine.api.guard import Endpoint, aside, built, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -142,7 +142,7 @@ class Conversation:
             watch = await self.service.submit(self.requests, each_token=True)
             return EventStream(watch, events(watch))
         await self.service.answer(http, self.requests)
-        return answer(whole())
+        return await built(self.requests, whole)
 
     def usage(self) -> dict[str, Any]:
         """Token counts, those of thoughts told apart."""

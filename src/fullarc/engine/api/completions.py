@@ -15,7 +15,7 @@ from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
 from fullarc.engine.api.grammars import guiding
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
+from fullarc.engine.api.guard import Endpoint, aside, built, read_body
 from fullarc.engine.api.openai import ended, head, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
@@ -81,10 +81,14 @@ class Completions:
             watch = await self.service.submit(requests, each_token=True)
             return EventStream(watch, self._events(body, wire, name, requests, watch, len(prompts)))
         await self.service.answer(http, requests)
-        tellers = [_Teller(self.service, body, wire, request) for request in requests]
-        choices = [teller.choice(index) for index, teller in enumerate(tellers)]
-        reply = head(self.service, name, "text_completion", requests)
-        return answer(reply | {"choices": choices, "usage": usage(requests, len(prompts))})
+
+        def whole() -> dict[str, Any]:
+            tellers = [_Teller(self.service, body, wire, request) for request in requests]
+            choices = [teller.choice(index) for index, teller in enumerate(tellers)]
+            reply = head(self.service, name, "text_completion", requests)
+            return reply | {"choices": choices, "usage": usage(requests, len(prompts))}
+
+        return await built(requests, whole)
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         if isinstance(prompt, str):

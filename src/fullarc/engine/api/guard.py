@@ -19,15 +19,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fullarc.chat.errors import OPEN_PATHS, error_object
-from fullarc.chat.openai import BadRequest, dump
+from fullarc.chat.openai import BadRequest, dump, dump_in_parts
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.fields import explain
 from fullarc.engine.api.service import in_thread, version_header
-from fullarc.engine.request import QueueFullError
+from fullarc.engine.request import QueueFullError, Request
 
 R = TypeVar("R")
 T = TypeVar("T", bound=BaseModel)
-MAX_BODY, LARGE = 64 * 2**20, 2**20
+MAX_BODY, LARGE, MANY = 64 * 2**20, 2**14, 4096
 _PLACES = re.compile(r"\{(\w+)(?::\w+)?\}")
 _RESPONSES = {
     "200": {"description": "the answer"},
@@ -60,6 +60,17 @@ def answer(value: Any, status: int = 200) -> Response:
     return Response(dump(value), status, media_type="application/json")
 
 
+async def written(requests: Sequence[Request], json: Callable[[], bytes]) -> Response:
+    """What `json` writes of ended requests; in a thread where they hold many numbers, which takes its time."""
+    many = sum(request.numbers for request in requests) > MANY
+    return Response(await asyncio.to_thread(json) if many else json(), media_type="application/json")
+
+
+async def built(requests: Sequence[Request], make: Callable[[], Any]) -> Response:
+    """JSON of what `make` makes of ended requests, likewise."""
+    return await written(requests, lambda: dump_in_parts(make()))
+
+
 async def read_body(http: HttpRequest, schema: type[T], limit: int = MAX_BODY) -> T:
     """The validated JSON body; an empty one counts as {}."""
     parts, size = [], 0
@@ -76,8 +87,8 @@ async def read_body(http: HttpRequest, schema: type[T], limit: int = MAX_BODY) -
 
 
 async def aside(http: HttpRequest, function: Callable[[], R], slow: bool = False) -> R:
-    """What `function` returns; from a thread where it is `slow` (it compiles a grammar) or the body was LARGE, so that
-    others are answered meanwhile.
+    """What `function` returns; from a thread where it is `slow` (it compiles a grammar) or the body was LARGE (long
+    texts, many stop strings), so that others are answered meanwhile.
 
     The JSON parser itself lets no other thread run (some 10 ms a megabyte); tokenising does.
     """

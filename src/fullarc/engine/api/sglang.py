@@ -4,23 +4,26 @@ A batch (several prompts, or n > 1) is answered by a list; streamed, by events t
 are cumulative. Text is decoded where the folder has a tokenizer, and is "" where it has none.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.chat.openai import GrowingList, dump
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.grammars import guiding
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
+from fullarc.engine.api.guard import Endpoint, aside, read_body, written
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch
 from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
 from fullarc.engine.request import QueueFullError, Request, RequestError
+
+BLOCK = 512  # entries of a list that are written at once
 
 Name = Annotated[str, Field(max_length=1000)] | None
 
@@ -129,6 +132,11 @@ class Plan:
                 )
             turn.watch(self.requests[0])
 
+    def json(self) -> bytes:
+        """All answers."""
+        answers = [tell() for tell in self.tellers]
+        return b"[" + b",".join(answers) + b"]" if self.batched else answers[0]
+
 
 def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], bool]:
     """The prompts as ids, and whether there was a list of them."""
@@ -163,9 +171,10 @@ class Teller:
         self._thinks = [service.tok.id(THINK), service.tok.id(END_THINK)] if service.tok else []
         self.tok = service.tok if texts else None
         self.text = GrowingText(service.tok, request, wire) if service.tok else None
+        self._written, self._retractions = dict[str, GrowingList](), 0
 
-    def __call__(self) -> dict[str, Any]:
-        """SGLang's answer."""
+    def __call__(self, index: int | None = None) -> bytes:
+        """SGLang's answer, in JSON."""
         request = self.request
         ended = request.finish  # read first: when it is set, all tokens are there
         count, start = request.told, len(request.prompt)
@@ -189,45 +198,55 @@ class Teller:
             meta |= sglang_choices(request)
             meta |= slime_support(request) if self.top_p else {}
         if self.logprobs:
-            meta |= self._logprobs(output, count)
+            meta["output_token_logprobs_length"] = count
         if self.mask:
             meta |= sglang_support(request, count, self.mask)
         if self.text:
             self.text.read()
-        return {"text": self.text.text if self.text else "", "output_ids": output, "meta_info": meta}
+        told: dict[str, Any] = {"index": index} if index is not None else {}
+        told |= {"text": self.text.text if self.text else "", "output_ids": output}
+        lists = self._lists(output) if self.logprobs else {}
+        parts = [b"," + dump(name) + b":" + rows.json() for name, rows in lists.items()]
+        return b"".join([dump(told)[:-1], b',"meta_info":', dump(meta)[:-1], *parts, b"}}"])
 
-    def _logprobs(self, output: list[int], count: int) -> dict[str, Any]:
-        request, params = self.request, self.request.params
-        pairs = zip(request.logprobs[:count], output, strict=True)
-        meta: dict[str, Any] = {
-            "output_token_logprobs": [self._entry(*pair) for pair in pairs],
-            "output_token_logprobs_length": count,
-        }
+    def _lists(self, output: list[int]) -> dict[str, GrowingList]:
+        """Log-probs, of which only what is new is written."""
+        request, params, count = self.request, self.request.params, len(output)
+        if request.retractions != self._retractions:  # those of the prompt are told anew
+            self._retractions = request.retractions
+            self._written = {name: rows for name, rows in self._written.items() if name.startswith("output_")}
+        self._write("output_token_logprobs", list(zip(request.logprobs[:count], output, strict=True)), 1)
         if params.top_logprobs:
-            meta["output_top_logprobs"] = self._rows(request.top_logprobs[:count])
+            self._write("output_top_logprobs", request.top_logprobs[:count], params.top_logprobs)
         if params.logprob_ids:
-            meta["output_token_ids_logprobs"] = self._rows(request.ids_logprobs[:count])
+            self._write("output_token_ids_logprobs", request.ids_logprobs[:count], len(params.logprob_ids))
         if request.score_from >= 0:
             # the very first token of a sequence has no log-prob
             first = [None] if request.score_from == 0 else []
             ids, values = request.prompt[request.score_from :], [*first, *request.input_logprobs]
-            meta["input_token_logprobs"] = [
-                self._entry(v, token) for v, token in zip(values, ids, strict=False)
-            ]
+            self._write("input_token_logprobs", list(zip(values, ids, strict=False)), 1)
             if params.top_logprobs:
-                meta["input_top_logprobs"] = first + self._rows(request.input_top_logprobs)
+                self._write("input_top_logprobs", first + request.input_top_logprobs, params.top_logprobs)
             if params.logprob_ids:
-                meta["input_token_ids_logprobs"] = first + self._rows(request.input_ids_logprobs)
-        return meta
+                self._write(
+                    "input_token_ids_logprobs", first + request.input_ids_logprobs, len(params.logprob_ids)
+                )
+        return self._written
+
+    def _write(self, name: str, rows: Sequence[Any], width: int) -> None:
+        """Bring a list up to these rows, each an entry or a list of up to `width`."""
+        written, block = self._written.setdefault(name, GrowingList()), max(BLOCK // width, 1)
+        for start in range(written.rows, len(rows), block):
+            written.add([self._row(row) for row in rows[start : start + block]])
+
+    def _row(self, row: Any) -> Any:
+        return self._entry(*row) if isinstance(row, tuple) else row and [self._entry(*pair) for pair in row]
 
     def _reasoning(self, output: list[int]) -> int:
         """Tokens of a thought that the prompt began."""
         if not self._thinks or self.request.prompt[-1] != self._thinks[0]:
             return 0
         return output.index(self._thinks[1]) if self._thinks[1] in output else len(output)
-
-    def _rows(self, rows: list[list[tuple[float, int]]]) -> list[Any]:
-        return [[self._entry(*pair) for pair in row] for row in rows]
 
     def _entry(self, value: float | None, token: int) -> list[Any]:
         return [value, token, self.tok.decode([token]) if self.tok else None]
@@ -277,8 +296,7 @@ class Sglang:
         if body.stream:
             return EventStream(watch, _events(plan, watch))
         await self.service.finish(http, watch)
-        answers = [tell() for tell in plan.tellers]
-        return answer(answers if plan.batched else answers[0])
+        return await written(plan.requests, plan.json)
 
 
 async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:
@@ -295,6 +313,5 @@ async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:
             told[index] = count
             if done:
                 open_ones.discard(index)
-            body = plan.tellers[index]()
-            yield event(body | {"index": index} if plan.batched else body)
+            yield b"data: " + plan.tellers[index](index if plan.batched else None) + b"\n\n"
     yield DONE

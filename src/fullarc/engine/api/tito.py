@@ -10,7 +10,7 @@ from starlette.responses import Response
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
+from fullarc.engine.api.guard import Endpoint, aside, built, read_body
 from fullarc.engine.api.openai import ended, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
@@ -85,12 +85,19 @@ class Tito:
             watch = await self.service.submit(requests, each_token=True)
             return EventStream(watch, _events(name, tellers, watch))
         await self.service.answer(http, requests)
-        reply: dict[str, Any] = {"request_id": name, "choices": [t.choice(n) for n, t in enumerate(tellers)]}
-        if body.output_mode == "text":
-            for choice, request in zip(reply["choices"], requests, strict=True):
-                choice["text"] = whole_text(self.service.text, request, wire)
-        reply["prompt_logprobs"] = _prompt_logprobs(requests[0], sampling.prompt_logprobs)
-        return answer(reply | {"usage": usage(requests, 1), "weight_version": requests[0].weight_version})
+
+        def whole() -> dict[str, Any]:
+            reply: dict[str, Any] = {
+                "request_id": name,
+                "choices": [teller.choice(number) for number, teller in enumerate(tellers)],
+            }
+            if body.output_mode == "text":
+                for choice, request in zip(reply["choices"], requests, strict=True):
+                    choice["text"] = whole_text(self.service.text, request, wire)
+            reply["prompt_logprobs"] = _prompt_logprobs(requests[0], sampling.prompt_logprobs)
+            return reply | {"usage": usage(requests, 1), "weight_version": requests[0].weight_version}
+
+        return await built(requests, whole)
 
 
 class _Teller:

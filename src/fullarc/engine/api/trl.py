@@ -19,7 +19,7 @@ from fullarc.chat.openai import BadRequest, flag, read_messages, read_tools
 from fullarc.engine.api.communicator import Communicator
 from fullarc.engine.api.fields import Count, Ids, SamplingBody, build, explain
 from fullarc.engine.api.grammars import Text, guiding
-from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
+from fullarc.engine.api.guard import Endpoint, answer, aside, built, read_body
 from fullarc.engine.api.tito import TitoSampling
 from fullarc.engine.api.transfer import Transfer
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -168,7 +168,7 @@ class Trl:
         name = self.service.next_id("trl")
         support = sampling.logprobs is not None and (_steers(wire) or sampling.formed)
 
-        def built() -> list[Request]:
+        def made() -> list[Request]:
             return [
                 request
                 for number, prompt in enumerate(prompts)
@@ -178,15 +178,16 @@ class Trl:
                 )
             ]  # fmt: skip
 
-        requests = await aside(http, built, sampling.formed)
+        requests = await aside(http, made, sampling.formed)
         assign(self.service, http, WhoseBody(), requests)
         await self.service.answer(http, requests)
-        told: dict[str, Any] = {
-            "prompt_ids": prompts,
-            "completion_ids": [request.output for request in requests],
-        }
-        rows = None if sampling.logprobs is None else [_sampled(request, top) for request in requests]
-        return answer(told | _columns(rows))
+
+        def whole() -> dict[str, Any]:
+            told = {"prompt_ids": prompts, "completion_ids": [request.output for request in requests]}
+            rows = None if sampling.logprobs is None else [_sampled(request, top) for request in requests]
+            return told | _columns(rows)
+
+        return await built(requests, whole)
 
     async def score(self, http: HttpRequest) -> Response:
         """The likeliest tokens at each place behind the prompts of given sequences, and the tokens there."""
@@ -207,12 +208,14 @@ class Trl:
             await self.service.answer(http, requests)
         if any(request.finish == "abort" for request in requests):
             raise RequestError("The scoring was aborted.", "Send it again.")
-        if body.response_format == "binary":
-            return answer(_packed(requests, top))
-        rows = [
-            [[], *_scored(request)] if request.score_from == 0 else _scored(request) for request in requests
-        ]
-        return answer(_columns(rows))
+
+        def whole() -> dict[str, Any]:
+            if body.response_format == "binary":
+                return _packed(requests, top)
+            scored = ((request, _scored(request)) for request in requests)
+            return _columns([[[], *rows] if request.score_from == 0 else rows for request, rows in scored])
+
+        return await built(requests, whole)
 
     def _fits(self, count: int) -> None:
         if count > self.service.scheduler.max_queue:
