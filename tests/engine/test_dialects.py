@@ -102,7 +102,9 @@ def test_streamed_deltas_add_up_to_the_reply(gpt, says, seed, extra):
         assert mine["tools"] == [call.function.arguments for call in choice.message.tool_calls or []]
         assert mine["ids"] == choice.token_ids and mine["finish"] == choice.finish_reason
         assert [entry.logprob for entry in mine["logprobs"]] == [e.logprob for e in choice.logprobs.content]
-    usage.prompt_tokens_details.cached_tokens = whole.usage.prompt_tokens_details.cached_tokens  # the first asks anew
+    usage.prompt_tokens_details.cached_tokens = (
+        whole.usage.prompt_tokens_details.cached_tokens
+    )  # the first asks anew
     assert usage == whole.usage
     if seed == 1:
         assert whole.choices[0].finish_reason == "stop" and whole.choices[0].stop_reason == "done h"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from running import Running
 
-from fullarc.engine.api import fields
+from fullarc.engine.api import fields, sglang
 
 TEXT = "the file holds a number so list it then print hello done " * 20_000  # 1 MB to tokenise
 FILLER = "x" * (24 * 2**20)  # to parse only
@@ -84,6 +84,22 @@ def test_health_answers_while_a_large_answer_is_written(server, http, path, body
     reply, took, longest = watched(server, http, path, json.dumps(body).encode())
     assert reply.status_code == 200 and len(reply.content) > 500_000
     assert longest < 0.1, (took, longest)
+
+
+def test_a_cumulative_stream_writes_every_row_once(http, monkeypatch):
+    written, real = [], sglang.GrowingList.add
+    monkeypatch.setattr(
+        sglang.GrowingList, "add", lambda self, rows: (written.extend(rows), real(self, rows))
+    )
+    body = {"input_ids": IDS[:4], "return_logprob": True, "logprob_start_len": 1, "top_logprobs_num": 2, "stream": True,
+            "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}}  # fmt: skip
+    events = [
+        line for line in http.post("/generate", json=body).text.split("\n\n") if line.startswith("data: {")
+    ]
+    last = json.loads(events[-1][6:])["meta_info"]
+    assert len(events) > 5 and len(written) == 2 * (40 + 3)
+    assert [len(last[f"{kind}_{name}"]) for kind in ("output", "input") for name in ("token_logprobs", "top_logprobs")] == [
+        40, 40, 3, 3]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages"])
