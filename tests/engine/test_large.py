@@ -98,8 +98,8 @@ def test_a_cumulative_stream_writes_every_row_once(http, monkeypatch):
     ]
     last = json.loads(events[-1][6:])["meta_info"]
     assert len(events) > 5 and len(written) == 2 * (40 + 3)
-    assert [len(last[f"{kind}_{name}"]) for kind in ("output", "input") for name in ("token_logprobs", "top_logprobs")] == [
-        40, 40, 3, 3]  # fmt: skip
+    for kind, count in (("output", 40), ("input", 3)):
+        assert len(last[f"{kind}_token_logprobs"]) == len(last[f"{kind}_top_logprobs"]) == count
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages"])
