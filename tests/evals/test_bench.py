@@ -197,10 +197,20 @@ def test_a_part_replaces_only_what_it_measured(rerun, monkeypatch, capsys):
 def test_a_regression_is_one_although_the_run_saves_as_it_goes(rerun, monkeypatch):
     rerun("--save")
     told_one_by_one(
-        monkeypatch, [claim(SPEED, 2.0, "x", "", True), claim(MEMORY, 9.0, "x", "", True, better="lower")]
+        monkeypatch, [claim(SPEED, 4.0, "x", "", True), claim(MEMORY, 9.0, "x", "", True, better="lower")]
     )
     assert bench.main(["hand", "--save"]) == 1
-    assert bench.stored("hand")["claims"][1]["regression"]
+    assert kept()[MEMORY] == KEPT[MEMORY], "the older figure stays, so that the next run is one as well"
+    assert kept()[SPEED] == 4.0
+    assert bench.main(["hand", "--save", "--accept"]) == 1
+    assert kept()[MEMORY] == 9.0 and bench.stored("hand")["claims"][1]["regression"]
+    assert bench.main(["hand", "--save"]) == 0
+
+
+def test_a_whole_run_keeps_the_older_figure_of_a_regression_too(rerun):
+    rerun("--save")
+    assert rerun("--save", MEMORY=9.0, SECONDS=1.0) == 1
+    assert kept() == KEPT | {SECONDS: 1.0}
 
 
 def test_a_whole_run_or_another_machine_replaces_everything(rerun, monkeypatch):

@@ -8,7 +8,8 @@ fullarc bench engine [--part NAME…] [--size tiny|2m] [--checkpoint DIR] [--pee
 fullarc bench quantize CHECKPOINT [--peers FOLDER] [--json] [--save]
 fullarc bench paper [--table 1,2,3,4,6] [--seeds 1,2,3] [--json] [--save]
 
-`--save` keeps a result in bench/baselines/AREA.json. From then on a claim that is a ratio of two sides measured in
+`--save` keeps a result in bench/baselines/AREA.json, but for regressions, of which the older figure stays until
+`--accept` is given as well. From then on a claim that is a ratio of two sides measured in
 turn fails when it is more than TOLERANCE worse than what was kept, whatever its target says. Seconds, bytes and scores
 never fail for that: they depend on the machine and on what else it does. Nor does anything where what was kept is of
 another machine (CPU model, cores): it is told, no more. An area that yields its claims tells each on
@@ -97,7 +98,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         result["claims"].append(one)
         print(f"{_mark(one)}  {_named(one)}  {_value(one)}  {one['target']}", file=sys.stderr, flush=True)
         if arguments.save:
-            save(result | {"partial": True})
+            save(result | {"partial": True}, arguments.accept)
     return result
 
 
@@ -140,15 +141,18 @@ def stored(area: str, folder: Path = BASELINES) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def save(result: dict[str, Any], folder: Path = BASELINES) -> Path:
+def save(result: dict[str, Any], accept: bool = False, folder: Path = BASELINES) -> Path:
     """Keep a result as the baseline of its area; returns the file.
 
-    A partial one replaces the claims that it measured, if the others come from the same machine.
+    A partial one replaces the claims that it measured, if the others come from the same machine. What is a regression
+    replaces nothing, unless it is to be `accept`ed.
     """
     path, before = folder / f"{result['area']}.json", stored(result["area"], folder)
     kept = {key: value for key, value in result.items() if key not in ("partial", "baseline_machine")}
+    old = {one["name"]: one for one in before["claims"]} if before else {}
+    if not accept:
+        kept["claims"] = [old[c["name"]] if c.get("regression") else c for c in kept["claims"]]
     if result.get("partial") and before and before["machine"] == kept["machine"]:
-        old = {one["name"]: one for one in before["claims"]}
         new = {
             one["name"]: one for one in kept["claims"] if one["value"] is not None or one["name"] not in old
         }
@@ -202,6 +206,7 @@ def _parser(area: str) -> argparse.ArgumentParser:
     parser.add_argument("area", nargs="?", default="", metavar="AREA", help=f"one of: {', '.join(AREAS)}")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true", help=f"keep the result in {BASELINES}/")
+    parser.add_argument("--accept", action="store_true", help="with --save: regressions too")
     if area:
         getattr(_area(area), "options", lambda _: None)(parser)
     return parser
@@ -219,5 +224,5 @@ def main(argv: Sequence[str]) -> int:
     show = getattr(_area(area), "show", table)
     print(json.dumps(result, indent=1) if arguments.json else show(result))
     if arguments.save:
-        print(f"saved as {save(result)}", file=sys.stderr)
+        print(f"saved as {save(result, arguments.accept)}", file=sys.stderr)
     return 1 if any(one["ok"] is False for one in result["claims"]) else 0
