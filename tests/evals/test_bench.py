@@ -205,7 +205,9 @@ def test_a_regression_is_one_although_the_run_saves_as_it_goes(rerun, monkeypatc
     assert bench.main(["hand", "--save", "--accept"]) == 1
     assert kept()[MEMORY] == 9.0 and bench.stored("hand")["claims"][1]["regression"]
     bench.main(["hand", "--save"])
-    assert not bench.stored("hand")["claims"][1]["regression"], "accepted, it is what others are compared with"
+    assert not bench.stored("hand")["claims"][1]["regression"], (
+        "accepted, it is what others are compared with"
+    )
 
 
 def test_a_whole_run_keeps_the_older_figure_of_a_regression_too(rerun):

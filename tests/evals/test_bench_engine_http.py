@@ -3,12 +3,14 @@
 import pytest
 
 from fullarc.config.model import preset
-from fullarc.evals.bench_engine_http import claims, measure, overlap
+from fullarc.evals.bench_engine_http import claims, measure, overlap, update
 from fullarc.model import GlmMoeDsa, save_model
 
 
-def small(folder):
-    size = preset("nano", vocab_size=300, eos_token_id=(0,), pad_token_id=0, max_position_embeddings=256)
+def small(folder, positions=256):
+    size = preset(
+        "nano", vocab_size=300, eos_token_id=(0,), pad_token_id=0, max_position_embeddings=positions
+    )
     save_model(GlmMoeDsa(size).init_weights(0).eval(), folder)
     return folder
 
@@ -29,3 +31,10 @@ def test_both_ways_of_finishing_a_step_are_measured_both_ways(tmp_path):
     told = overlap(small(tmp_path / "m"), streams=3, repeats=1)
     assert [claim["name"].split(":")[0] for claim in told] == ["3 streams in process", "3 streams over HTTP"]
     assert all(claim["value"] > 0 and claim["ok"] == (claim["value"] > 1) for claim in told)
+
+
+@pytest.mark.slow
+def test_streams_are_watched_while_weights_are_updated(tmp_path):
+    longest, through = update(small(tmp_path / "m", 4096), streams=3, new=3000, updates=2)
+    assert longest["value"] > 0 and longest["ok"] == (longest["value"] < 100)
+    assert (through["value"], through["ok"]) == (3, True)

@@ -14,9 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ import torch
 from fullarc.engine import Engine
 from fullarc.engine.backend import ForwardPass, forward_pass, prepare
 from fullarc.engine.core import Chunk
-from fullarc.engine.engine import load_weights
 from fullarc.evals import bench_engine_drafts, bench_engine_http, bench_engine_vllm
 from fullarc.evals.bench import claim
 from fullarc.evals.bench_engine_peers import REPEATS, SIZES, STEPS, Ours, against, prompts, saved
@@ -80,7 +77,7 @@ def _claims(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             elif part == "http":
                 yield from bench_engine_http.claims(trained)
             elif part == "update":
-                yield from update(trained)
+                yield from bench_engine_http.update(trained)
             elif part == "overlap":
                 yield from bench_engine_http.overlap(trained)
             else:
@@ -205,33 +202,4 @@ def processes(folder: Path) -> list[dict[str, Any]]:
     return [
         claim("two engine processes against one", two / one, "x", ">= 1.7", two / one >= 1.7,
               f"{two:,.0f} against {one:,.0f} tokens/s")
-    ]  # fmt: skip
-
-
-# --- weights while running --------------------------------------------------------------------------------------
-
-
-def update(folder: Path) -> list[dict[str, Any]]:
-    """How long no step ends while new weights are read beside 16 running sequences and swapped in."""
-    ours = Ours(folder, 16, 256)
-    ours.start(prompts(16, 256, 2000))
-    scheduler, gaps, usual = ours.engine.scheduler, list[float](), list[float]()
-    with ThreadPoolExecutor(1) as pool:
-        for number in range(REPEATS):
-            loading = pool.submit(load_weights, folder, str(number), drafts=False)
-            times = [time.perf_counter()]
-            while not loading.done():
-                scheduler.step()
-                times.append(time.perf_counter())
-            scheduler.set_weights(loading.result())
-            for _ in range(STEPS):
-                scheduler.step()
-                times.append(time.perf_counter())
-            between = [b - a for a, b in pairwise(times)]
-            gaps.append(max(between))
-            usual.append(statistics.median(between))
-    longest, step = (1000 * statistics.median(seconds) for seconds in (gaps, usual))
-    return [
-        claim("longest time between two steps during a weight update", longest, "ms", "< 100", longest < 100,
-              f"a step takes {step:.0f} ms; largest {1000 * max(gaps):.0f} ms", better="lower")
     ]  # fmt: skip

@@ -4,6 +4,7 @@
     smoothness     99th percentile / median of the times between two events of a stream, as the client sees them
     queue          how many of `queued` requests sent at once are answered
     overlap        tokens/s with `overlap` / without, in process and over HTTP (a part of its own)
+    update         longest time in which no stream gets anything while new weights come in (a part of its own)
 
 The server is a process of its own, the client another (this one); median of `repeats` runs, in turns.
 """
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +100,57 @@ def overlap(folder: Path, streams: int = SLOTS, repeats: int = 5) -> list[dict[s
     return out
 
 
-def _work(vocab: int, streams: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
+def update(folder: Path, streams: int = 16, new: int = 1900, updates: int = 5) -> list[dict[str, Any]]:
+    """Do streams go on while weights are read and swapped in?"""
+    from fullarc.model import load_config
+    from fullarc.rollout.serve import EngineProcess
+
+    _, bodies = _work(load_config(folder).vocab_size, streams, new)
+    with EngineProcess(folder, PROMPT + new, streams) as url:
+        asyncio.run(_streams(url, [body | {"max_tokens": 8} for body in bodies]))
+        gaps, took, through = asyncio.run(_updating(url, folder, bodies, updates))
+    longest = 1000 * max(gaps)
+    each = ", ".join(f"{1000 * gap:.0f}" for gap in gaps)
+    return [
+        claim(f"longest time without a token for {streams} streams, in {updates} weight updates over HTTP", longest,
+              "ms", "< 100", longest < 100, f"{each} ms; an update takes {1000 * statistics.median(took):.0f} ms",
+              better="lower"),
+        claim(f"streams that got all their tokens, and some from each of {updates + 1} versions", through, "streams",
+              f"{streams}", through == streams),
+    ]  # fmt: skip
+
+
+async def _updating(
+    url: str, folder: Path, bodies: list[dict[str, Any]], updates: int
+) -> tuple[list[float], list[float], int]:
+    """Of each update the longest time without an event, and how long it took; and how many streams came through."""
+    streams, spans = await _connected(url, bodies), list[tuple[float, float]]()
+    async with _client(url) as client:
+        while not all(stream.times for stream in streams):
+            await asyncio.sleep(0.005)
+        for number in range(1, updates + 1):
+            began = time.perf_counter()
+            body = {"model_path": str(folder.resolve()), "weight_version": f"update-{number}"}
+            (await client.post("/update_weights_from_disk", json=body)).raise_for_status()
+            spans.append((began, time.perf_counter()))
+            await asyncio.sleep(0.05)
+    await asyncio.gather(*(stream.done for stream in streams))
+    times = sorted(moment for stream in streams for moment in stream.times)
+    pairs = list(pairwise(times))
+    gaps = [
+        max((b - a for a, b in pairs if b >= began and a <= ended + 0.05), default=0.0)
+        for began, ended in spans
+    ]
+    names = [f'"weight_version":"update-{number}"'.encode() for number in range(1, updates + 1)]
+    through = sum(all(name in stream.data for name in names) for stream in streams)
+    return gaps, [ended - began for began, ended in spans], through
+
+
+def _work(vocab: int, streams: int, new: int = NEW) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """Prompts, and the bodies that stream them."""
     prompts = [[(17 * n + 31 * at) % (vocab - 64) for at in range(PROMPT)] for n in range(streams)]
     bodies = [
-        {"prompt": prompt, "max_tokens": NEW, "ignore_eos": True, "seed": n, "stream": True}
+        {"prompt": prompt, "max_tokens": new, "ignore_eos": True, "seed": n, "stream": True}
         for n, prompt in enumerate(prompts)
     ]
     return prompts, bodies
@@ -124,16 +172,23 @@ def _outside(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[float]
 
 async def _streams(url: str, bodies: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """All bodies at once: tokens/s, and all times between two events of one stream."""
-    host, port = url.removeprefix("http://").split(":")
-    loop = asyncio.get_running_loop()
     begin = time.perf_counter()
-    streams = [_Stream(body) for body in bodies]
-    for stream in streams:
-        await loop.create_connection(functools.partial(_itself, stream), host, int(port))
+    streams = await _connected(url, bodies)
     await asyncio.gather(*(stream.done for stream in streams))
     seconds = time.perf_counter() - begin
     gaps = [b - a for s in streams for a, b in zip(s.times, s.times[1:], strict=False)]
     return sum(body["max_tokens"] for body in bodies) / seconds, gaps
+
+
+async def _connected(url: str, bodies: list[dict[str, Any]]) -> list["_Stream"]:
+    """The streams, begun."""
+    host, port = url.removeprefix("http://").split(":")
+    streams = [_Stream(body) for body in bodies]
+    for stream in streams:
+        await asyncio.get_running_loop().create_connection(
+            functools.partial(_itself, stream), host, int(port)
+        )
+    return streams
 
 
 def _itself(stream: "_Stream") -> "_Stream":
@@ -145,25 +200,26 @@ class _Stream(asyncio.Protocol):
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._body = json.dumps(body).encode()
-        self._data, self._seen = b"", 0
+        self.data, self._seen = b"", 0
         self.times: list[float] = []
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         size = len(self._body)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        head += f"Content-Length: {size}\r\n\r\n"
         transport.write(head.encode() + self._body)
 
     def data_received(self, data: bytes) -> None:
-        self._data += data
-        count = self._data.count(b"data: {", self._seen)
-        self._seen = max(self._seen, self._data.rfind(b"data: {") + 7)
+        self.data += data
+        count = self.data.count(b"data: {", self._seen)
+        self._seen = max(self._seen, self.data.rfind(b"data: {") + 7)
         self.times += [time.perf_counter()] * count
 
     def connection_lost(self, error: Exception | None) -> None:
-        if b'"finish_reason":"length"' not in self._data:
-            self.done.set_exception(RuntimeError(f"A stream did not end well: {self._data[-300:]!r}"))
+        if b'"finish_reason":"length"' not in self.data:
+            self.done.set_exception(RuntimeError(f"A stream did not end well: {self.data[-300:]!r}"))
         else:
             self.done.set_result(None)
 
