@@ -100,7 +100,7 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
         kept = torch.randn(config.num_hidden_layers, LONG, width, generator=generator)
         for one in (core, dense):
             one.cache.write(0, start, kept)
-    query = torch.randn(config.index_head_dim, config.index_n_heads)
+    query = torch.randn(config.index_head_dim)  # of one head: the least that a scan can be
     keys = torch.randn(config.num_hidden_layers, LONGER, config.index_head_dim, generator=generator)
 
     def at(core: ForwardPass, length: int) -> Callable[[], None]:
@@ -114,7 +114,7 @@ def long_contexts(folder: Path) -> list[dict[str, Any]]:
         def steps() -> None:
             for _ in range(STEPS):
                 for layer in keys:
-                    torch.mm(layer[:length], query)  # the faster way round
+                    torch.mv(layer[:length], query)
 
         return steps
 
