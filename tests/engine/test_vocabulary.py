@@ -2,10 +2,9 @@
 
 import httpx
 import pytest
-from conftest import TINY
 from running import Running
 
-from fullarc.config.model import ModelConfig
+from fullarc.config.model import preset
 from fullarc.model import GlmMoeDsa, save_model
 
 BEYOND = 700
