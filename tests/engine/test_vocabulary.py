@@ -16,11 +16,10 @@ HELLO = [{"role": "user", "content": "hello"}]
 def server(talking, tmp_path_factory):
     folder, tok = tmp_path_factory.mktemp("wide"), talking[1]
     assert tok.vocab_size <= 600
-    shape = TINY | dict(
-        max_position_embeddings=1024, vocab_size=720, eos_token_id=tok.stop_ids, pad_token_id=0
+    size = preset(
+        "nano", vocab_size=720, eos_token_id=tok.stop_ids, pad_token_id=0, max_position_embeddings=1024
     )
-    model = GlmMoeDsa(ModelConfig(**shape, initializer_range=0.25)).init_weights(3).eval()
-    save_model(model, folder / "m", tokenizer_dir=talking[0])
+    save_model(GlmMoeDsa(size).init_weights(3).eval(), folder / "m", tokenizer_dir=talking[0])
     running = Running(folder / "m", max_len=1024)
     yield running
     running.stop()
