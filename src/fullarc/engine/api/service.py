@@ -59,6 +59,7 @@ class Service:
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
         strict: whether other names are refused (see `whose`).
+        collecting: who has parts of a weight update that is not installed yet.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Service:
         self.grammars = Grammars(self.tok) if self.tok else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
         self.strict = False
+        self.collecting: set[object] = set()
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )
