@@ -42,6 +42,7 @@ class Loading(FakeEngine):
         super().__init__(engine.script, engine.stop_ids)
         self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
         self.told: list[dict[str, Any]] = []
+        self.app.add_route("/get_load", self._load)
         for path in (BROADCAST, PULL, LORA, LOAD, *TRL):
             self.app.add_route(path, self._update, methods=["POST"])
 
@@ -61,6 +62,10 @@ class Loading(FakeEngine):
         if not self.begun.is_set():
             await self._held(http)
         return await super()._info(http)
+
+    async def _load(self, http: Request) -> Response:
+        await self._held(http)
+        return JSONResponse([{"num_reqs": 3}])
 
     async def _held(self, http: Request) -> None:
         await http.body()
@@ -345,6 +350,24 @@ async def test_one_that_is_removed_ends_what_it_is_doing_and_is_closed(
             status, told = await asking
             assert status == 200 and b"taken_out" not in told
             assert removed._http.is_closed and not both.engines[0]._http.is_closed
+
+
+@pytest.mark.parametrize("path", ["/workers", "/workers/0"])
+def test_one_that_is_removed_while_it_is_listed_answers_that(
+    engine: FakeEngine, two: list[FakeEngine], tok: Tokenizer, path: str
+) -> None:
+    loading = Loading(engine)
+    with serving(loading.app) as first, serving(two[0].app) as second, before(tok, first, second) as web:
+        with ThreadPoolExecutor() as pool:
+            listing = pool.submit(web.get, path)
+            assert loading.begun.wait(FAR)
+            web.delete("/workers/0").raise_for_status()
+            time.sleep(0.3)
+            loading.free.set()
+            told = listing.result()
+        assert told.status_code == 200
+        worker = told.json()["workers"][0] if path == "/workers" else told.json()
+        assert (worker["url"], worker["is_healthy"], worker["load"]) == (first, True, 3)
 
 
 def test_a_workers_body_is_bounded_also_without_a_length(engine: FakeEngine, tok: Tokenizer) -> None:
