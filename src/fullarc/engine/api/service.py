@@ -124,17 +124,22 @@ class Service:
 
     async def on_engine(self, function: Callable[[Scheduler], Any]) -> Any:
         """Run `function` between two steps."""
+        self._loop = asyncio.get_running_loop()
         return await asyncio.wrap_future(self.worker.call(function))
 
     async def submit(self, requests: list[Request], each_token: bool = False) -> "Watch":
         """Queue requests, all or none. Raises RequestError, QueueFullError."""
-        self._loop = asyncio.get_running_loop()
+        watch = self.watch(requests, each_token)
+        await self.on_engine(lambda s: submit_all(s, requests))
+        return watch
+
+    def watch(self, requests: list[Request], each_token: bool) -> "Watch":
+        """A watch of requests that are to be submitted."""
         watch = Watch(self, requests)
         for request in requests:
             request.on_finish = _in_turn(request.on_finish, watch.note_end)
             request.on_token = watch.note if each_token else None
         watch.each_token = each_token
-        await self.on_engine(lambda s: submit_all(s, requests))
         return watch
 
     async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
@@ -303,8 +308,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
-    """All or nothing: a batch with one bad prompt, or too large for the queue, is refused as a whole."""
+def submit_all(scheduler: Scheduler, requests: list[Request], instead_of: Request | None = None) -> None:
+    """All or nothing: a batch with one bad prompt, or too large for the queue, is refused as a whole.
+
+    What they come `instead_of` is ended, unless they are refused.
+    """
     names = [request.rid for request in requests]
     known = {*scheduler.running, *(request.rid for request in scheduler.waiting)}
     if len(set(names)) < len(names) or known.intersection(names):
@@ -315,6 +323,8 @@ def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
         raise QueueFullError(
             f"The queue holds {scheduler.max_queue} requests and is full.", "Try again later."
         )
+    if instead_of:
+        scheduler.cancel(instead_of)
     for request in requests:
         scheduler.submit(request)
 
