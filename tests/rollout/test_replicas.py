@@ -156,7 +156,7 @@ def test_no_engine_is_added_while_an_update_loads(
 
 
 async def joining(both: Replicas, url: str) -> "asyncio.Task[str]":
-    """It has had the time to look at the engine."""
+    """What it says, when it has had the time to look at the engine."""
 
     async def join() -> str:
         try:
@@ -165,7 +165,7 @@ async def joining(both: Replicas, url: str) -> "asyncio.Task[str]":
             return str(error)
 
     task = asyncio.create_task(join())
-    await asyncio.sleep(0.3)
+    await asyncio.wait([task], timeout=1.5)
     return task
 
 

@@ -119,15 +119,15 @@ class Replicas(EngineClient):
             raise BadRequest(f"{url} is a worker already.", "url")
         if len(self.engines) >= MAX_ENGINES:
             raise BadRequest(f"There are {MAX_ENGINES} workers already.", "url")
-        async with (
-            EngineClient(url, PROBE_S, retries=0) as probe,
-            EngineClient(self.engines[0].url, PROBE_S, retries=0) as other,
-        ):
+        async with EngineClient(url, PROBE_S, retries=0) as probe, self.use(self.engines[:1]) as (other,):
             try:
-                theirs, ours = await probe.info(), await other.info()
+                theirs = await probe.info()
+                ours = await asyncio.wait_for(other.info(), PROBE_S)
                 routes = await probe.routes_to_others()
             except EngineError as error:
                 raise BadRequest(f"{url} is not added: {error}", "url") from None
+            except TimeoutError:
+                raise BadRequest(f"{url} is not added: {other.url} does not answer.", "url") from None
         if routes:  # it could be this gateway, or have this one behind it
             raise BadRequest(f"{url} is a gateway: add the engines behind it (GET /list_workers).", "url")
         for told, who in ((theirs, url), (ours, "the others")):
