@@ -155,6 +155,30 @@ def same(folder, state):
     return found.keys() == state.keys() and all((found[name] == state[name]).all() for name in state)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"\xff" * len(data)]
+)
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_damaged_checkpoint_that_nobody_has_sums_of_is_named(http, published, tmp_path, damage, whole):
+    """Whether it is what a difference was made from or the whole of a version; the engine goes on."""
+    bad, local = published / "weight_v000001", tmp_path / "local"
+    (bad / "manifest.json").unlink()
+    shutil.rmtree(published / "weight_v000002")
+    old = weights(bad)
+    publish(published, 2, old, {name: tensor ^ 1 for name, tensor in old.items()})
+    file = next(bad.glob("*.safetensors"))
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    body = {"local_checkpoint_dir": str(local), "source_dir": str(published), "target_version": 2 - whole}
+    told = http.post("/pull_weights", json=body)
+    assert told.status_code == 400 and f"{file} cannot be read" in told.json()["message"]
+    assert not local.exists() and [path.name for path in tmp_path.iterdir()] == ["source"]
+    ask = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+    assert http.post("/generate", json=ask).json()["meta_info"]["weight_version"] == "0"
+    file.write_bytes(good)
+    assert http.post("/pull_weights", json=body).json()["success"]
+
+
 @pytest.mark.parametrize("encoding", ["xor", "overwrite"])
 def test_slime_publishes_what_has_changed(http, talking, tmp_path, states, encoding):
     """Version 0 is the engine's own checkpoint; a host that comes late has all of it at once."""

@@ -23,7 +23,7 @@ from fullarc.config.files import MANIFEST, atomic_dir, verify_manifest
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.updates import Updates
-from fullarc.engine.deltas import apply_delta, delta_metadata
+from fullarc.engine.deltas import apply_delta, delta_metadata, opened
 from fullarc.model.checkpoint import load_config
 
 MARK = "pulled.json"
@@ -82,6 +82,9 @@ def pull(source: Path, local: Path, version: int, base: Path | None = None) -> N
             raise FullarcError(f"{seed} has no safetensors.", "Publish whole checkpoints first.")
         if (seed / MANIFEST).is_file():
             verify_manifest(seed)
+        for file in seed.glob("*.safetensors"):
+            with opened(file):
+                pass
         with atomic_dir(local) as made:
             for file in sorted(seed.iterdir()):
                 if file.is_file() and file.name not in (MANIFEST, MARK):
