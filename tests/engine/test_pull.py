@@ -6,8 +6,10 @@ import pstats
 import re
 import shutil
 import sys
+import time
 import types
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -103,6 +105,26 @@ def test_a_version_that_cannot_be_copied_leaves_the_one_before(published, tmp_pa
     assert {path.name: path.read_bytes() for path in local.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "source"]
     assert json.loads(before["pulled.json"])["version"] == 1
+
+
+def test_engines_of_one_host_pull_into_one_folder(published, tmp_path, monkeypatch):
+    """As `fullarc serve --engines N` lets them: one copies, and the others wait for it."""
+    copied, copy = [], shutil.copyfile
+
+    def slowly(source, target):
+        copied.append(source.name)
+        time.sleep(0.05)
+        return copy(source, target)
+
+    monkeypatch.setattr("fullarc.engine.api.pull.shutil.copyfile", slowly)
+    for version in (1, 2):
+        copied.clear()
+        with ThreadPoolExecutor() as pool:
+            pulls = [pool.submit(pull, published, tmp_path / "local", version) for _ in range(3)]
+            assert [one.result() for one in pulls] == [None] * 3
+        assert len(copied) == len(set(copied)) > 1
+        verify_manifest(tmp_path / "local")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "source"]
 
 
 def weights(folder):
