@@ -286,6 +286,40 @@ def test_a_form_without_an_end_holds_nobody_up(tok, grammars, text):
         guide.feed(tok.encode("a")[0])
 
 
+@pytest.mark.parametrize(
+    "text", ["root ::= root root | [ -~]", "root ::= root root root | root root | [ -~]"]
+)
+def test_an_ambiguous_form_is_given_up_before_a_step_of_it_takes_long(tok, grammars, text):
+    """A text has as many readings as there are trees over it; whoever follows them takes up to a second for a step."""
+    guide, rng, worst, steps = grammars.guide(ebnf(text), tok.stop_ids, False), random.Random(1), 0.0, 0
+    while found := allowed(guide) - {*tok.stop_ids}:
+        begun = time.thread_time()
+        guide.feed(rng.choice(sorted(found)))
+        worst, steps = max(worst, time.thread_time() - begun), steps + 1
+        assert worst < 0.1, f"step {steps}: {worst} s"
+    assert steps > 5
+
+
+LARGE = {
+    "left out": {"properties": {f"option_{n}": {"type": ["string", "null", "integer"]} for n in range(180)}},
+    "either": {"properties": {"all": {"type": "array", "items": {"anyOf": [
+        {"type": "object", "properties": {"kind": {"const": f"k{n}"}, "size": {"type": "number"}}, "required": ["kind"]}
+        for n in range(100)]}}}, "required": ["all"]},
+    "deep": {"$ref": "#/$defs/9", "$defs": {"0": {"type": "string"}} | {str(n): {
+        "type": "object", "properties": {f"p{m}": {"$ref": f"#/$defs/{n - 1}"} for m in range(30)}, "required": ["p7"]}
+        for n in range(1, 10)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_schema_is_followed(tok, grammars, name):
+    """Several times larger than what is sent in earnest; few readings cost little, however long the text is."""
+    for seed in range(4):
+        guide = grammars.guide(json_grammar({"type": "object"} | LARGE[name], "s"), tok.stop_ids, False)
+        walk(tok, guide, random.Random(seed))
+        assert guide.allowed(), "given up"
+
+
 def test_a_grammar_is_read_in_time_that_grows_as_its_length():
     """Twenty times longer than is let in; where all is written anew at each `*` it takes minutes."""
     start = time.process_time()

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from adapters import adapter, stored
 from running import Running, wait
 
 from fullarc.config.errors import FullarcError
@@ -235,6 +236,33 @@ def test_workers_come_and_go_and_sessions_stay(web, two, pool, talking):
         web.post("/remove_worker", params={"url": third.url}).raise_for_status()
         web.post("/add_worker", params={"url": two[0].url}).raise_for_status()
         assert web.get("/list_workers").json() == {"urls": [two[1].url, two[0].url]}
+    finally:
+        third.stop()
+
+
+def test_a_worker_has_the_adapters_of_the_others_and_none_comes_within_an_update(web, two, talking, tmp_path):
+    """Parts that came before it are nowhere else, and a part of an update would be one of its own for it."""
+    adapter(tmp_path / "a", stored(talking[0]))
+    third = Running(talking[0])
+    try:
+        load = {"lora_name": "a", "lora_path": str(tmp_path / "a")}
+        web.post("/load_lora_adapter", json=load).raise_for_status()
+
+        def join():
+            return web.post("/workers", json={"url": third.url})
+
+        refused = join()
+        assert refused.status_code == 400 and "loaded_adapters {}" in refused.json()["error"]["message"]
+        with httpx.Client(base_url=third.url, trust_env=False, timeout=SLOW_S) as alone:
+            alone.post("/load_lora_adapter", json=load).raise_for_status()
+            web.post("/begin_weight_update").raise_for_status()
+            refused = join()
+            assert refused.status_code == 400 and "update is open at the others" in refused.text
+            web.post("/end_weight_update", json={"weight_version": "1"}).raise_for_status()
+            assert "weight_version 0, the others 1" in join().text
+            alone.post("/update_weight_version", json={"new_version": "1"}).raise_for_status()
+        join().raise_for_status()
+        assert web.get("/workers").json()["total"] == 3
     finally:
         third.stop()
 

@@ -6,8 +6,10 @@ import pstats
 import re
 import shutil
 import sys
+import time
 import types
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -105,6 +107,26 @@ def test_a_version_that_cannot_be_copied_leaves_the_one_before(published, tmp_pa
     assert json.loads(before["pulled.json"])["version"] == 1
 
 
+def test_engines_of_one_host_pull_into_one_folder(published, tmp_path, monkeypatch):
+    """As `fullarc serve --engines N` lets them: one copies, and the others wait for it."""
+    copied, copy = [], shutil.copyfile
+
+    def slowly(source, target):
+        copied.append(source.name)
+        time.sleep(0.05)
+        return copy(source, target)
+
+    monkeypatch.setattr("fullarc.engine.api.pull.shutil.copyfile", slowly)
+    for version in (1, 2):
+        copied.clear()
+        with ThreadPoolExecutor() as pool:
+            pulls = [pool.submit(pull, published, tmp_path / "local", version) for _ in range(3)]
+            assert [one.result() for one in pulls] == [None] * 3
+        assert len(copied) == len(set(copied)) > 1
+        verify_manifest(tmp_path / "local")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "source"]
+
+
 def weights(folder):
     """The bytes of every tensor."""
     return {
@@ -153,6 +175,30 @@ def states(talking, tmp_path):
 def same(folder, state):
     found = weights(folder)
     return found.keys() == state.keys() and all((found[name] == state[name]).all() for name in state)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"\xff" * len(data)]
+)
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_damaged_checkpoint_that_nobody_has_sums_of_is_named(http, published, tmp_path, damage, whole):
+    """Whether it is what a difference was made from or the whole of a version; the engine goes on."""
+    bad, local = published / "weight_v000001", tmp_path / "local"
+    (bad / "manifest.json").unlink()
+    shutil.rmtree(published / "weight_v000002")
+    old = weights(bad)
+    publish(published, 2, old, {name: tensor ^ 1 for name, tensor in old.items()})
+    file = next(bad.glob("*.safetensors"))
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    body = {"local_checkpoint_dir": str(local), "source_dir": str(published), "target_version": 2 - whole}
+    told = http.post("/pull_weights", json=body)
+    assert told.status_code == 400 and f"{file} cannot be read" in told.json()["message"]
+    assert not local.exists() and [path.name for path in tmp_path.iterdir()] == ["source"]
+    ask = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
+    assert http.post("/generate", json=ask).json()["meta_info"]["weight_version"] == "0"
+    file.write_bytes(good)
+    assert http.post("/pull_weights", json=body).json()["success"]
 
 
 @pytest.mark.parametrize("encoding", ["xor", "overwrite"])

@@ -186,6 +186,33 @@ def test_replace_ends_a_request_that_runs(http, server):
     assert logprobs(second) == logprobs(generate(http, whole))
 
 
+@pytest.mark.parametrize("why", ["queue", "name"])
+def test_one_that_cannot_come_now_replaces_nothing(http, server, monkeypatch, why):
+    """A full queue, or a name that somebody else's request has, refuses it first; a moment later it is served."""
+    scheduler, name = server.engine.scheduler, open_session(http)
+    thread, events = running(http, server, {"id": name}, slow=0.03, rid="long")
+    other = {"temperature": 0, "max_new_tokens": 240, "ignore_eos": True}
+    body = {"input_ids": CHUNKS[0], "sampling_params": other | {"n": 4}, "rid": "others", "stream": True}
+    replace = {"id": name, "rid": "long", "offset": 10, "replace": True}
+    with http.stream("POST", "/generate", json=body) as others:  # one of the five waits
+        others.raise_for_status()
+        wait(lambda: len(scheduler.waiting) == 1)
+        if why == "queue":
+            with monkeypatch.context() as patch:
+                patch.setattr(scheduler, "max_queue", 1)
+                refused(send(http, CHUNKS[1], replace), "queue", 429)
+        else:
+            refused(send(http, CHUNKS[1], replace, rid="others_0_3"), "in use")
+        assert "long" in scheduler.running and not any(e for e in events if '"abort"' in e)
+        assert {*opened(server)[name].turns} == {"long"}
+        http.post("/abort_request", json={"rid": "others"})
+    second = generate(http, CHUNKS[1], replace)
+    thread.join(30)
+    last = json.loads(events[-1])
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert logprobs(second) == logprobs(generate(http, (CHUNKS[0] + last["output_ids"])[:10] + CHUNKS[1]))
+
+
 def test_replace_ends_what_comes_behind_too(http, server):
     name = open_session(http)
     generate(http, CHUNKS[1], {"id": name}, rid="root")

@@ -246,6 +246,11 @@ def trl_opens(http, trainer):
     trainer.tell("open", group="trl", port=port, way="trl")
 
 
+def update_open(http):
+    """Then no other engine may come to share the requests."""
+    return http.get("/model_info").json()["weight_update_open"]
+
+
 def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors, checkpoints):
     """They become one update at the end; whoever asks for tokens before it gets those of the old weights."""
     names = sorted(tensors)
@@ -254,9 +259,10 @@ def test_trls_client_sends_parameters_one_by_one(http, server, trainer, tensors,
     trl_opens(http, trainer)
     trl_sends(http, trainer, tensors, names[:-1])
     assert generate(http) == (fresh(checkpoints["v0"]), "0"), "other routes know nothing of it yet"
+    assert update_open(http)
     trl_sends(http, trainer, tensors, names[-1:])
     assert "True" in post(http, "/reset_prefix_cache/")["message"]
-    assert generate(http) == (fresh(checkpoints["v1"]), "1")
+    assert generate(http) == (fresh(checkpoints["v1"]), "1") and not update_open(http)
     assert server.engine.scheduler.counters.weight_updates == 1
     post(http, "/reset_prefix_cache/")
     assert server.engine.scheduler.counters.weight_updates == 1
@@ -298,6 +304,7 @@ def test_a_trl_client_that_breaks_off_leaves_the_old_weights(
             waits.result(0.5)
         post(http, "/close_communicator/")
         assert "closed meanwhile" in waits.result(20)["error"]["message"]
+    assert not update_open(http)
     assert "No communicator" in post(http, "/update_named_param/", body, 400)["error"]["message"]
     post(http, "/generate/", {"prompts": [IDS], "max_tokens": 1})
     assert generate(http) == (fresh(checkpoints["v0"]), "0") and server.server.service.worker.healthy

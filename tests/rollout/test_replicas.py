@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,9 +16,11 @@ from typing import Any
 import httpx
 import pytest
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.openai import BadRequest
+from fullarc.rollout import replicas
 from fullarc.rollout.engine_client import EngineError, Sampling
 from fullarc.rollout.fake import FakeEngine
 from fullarc.rollout.gateway import Gateway
@@ -25,28 +30,42 @@ from fullarc.rollout.serve import EngineProcess, _missed, serving
 
 FAR = 20.0
 FOLDER, BROADCAST = "/update_weights_from_disk", "/update_weights_from_distributed"
+PULL, LORA, LOAD = "/pull_weights", "/areal_update_weights_lora", "/v1/load_lora_adapter"
+TRL = ("/update_named_param/", "/reset_prefix_cache/", "/close_communicator/")
 UPDATE = {"model_path": "/somewhere", "weight_version": "5"}
 
 
 class Loading(FakeEngine):
-    """Its answers end when `free` is set, those to updates with a refusal if `refuses`."""
+    """Its answers end when `free` is set, those to updates with a refusal if `refuses`. `told`: what came."""
 
     def __init__(self, engine: FakeEngine, refuses: bool = False) -> None:
         super().__init__(engine.script, engine.stop_ids)
         self.begun, self.free, self.refuses = threading.Event(), threading.Event(), refuses
-        self.app.add_route(BROADCAST, self._update, methods=["POST"])
+        self.told: list[dict[str, Any]] = []
+        self.app.add_route("/get_load", self._load)
+        for path in (BROADCAST, PULL, LORA, LOAD, *TRL):
+            self.app.add_route(path, self._update, methods=["POST"])
 
     async def _update(self, http: Request) -> Response:
+        self.told.append(await http.json())
         await self._held(http)
-        return JSONResponse({"message": "no"}, 400) if self.refuses else await super()._update(http)
+        if self.refuses:
+            return JSONResponse({"message": "no"}, 400)
+        reply = await super()._update(http)
+        return PlainTextResponse("Success.") if http.url.path == LOAD else reply
 
     async def _generate(self, http: Request) -> Response:
         await self._held(http)
         return await super()._generate(http)
 
     async def _info(self, http: Request) -> Response:
-        await self._held(http)
+        if not self.begun.is_set():
+            await self._held(http)
         return await super()._info(http)
+
+    async def _load(self, http: Request) -> Response:
+        await self._held(http)
+        return JSONResponse([{"num_reqs": 3}])
 
     async def _held(self, http: Request) -> None:
         await http.body()
@@ -112,7 +131,8 @@ async def test_weights_and_pauses_reach_all_and_one_that_is_gone_is_an_error(two
             assert not await half.health()
 
 
-@pytest.mark.parametrize(("path", "others"), [(FOLDER, 0), (FOLDER, 1), (BROADCAST, 0)])
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("path", [FOLDER, BROADCAST, PULL, LORA, LOAD, *TRL])
 def test_no_engine_is_added_while_an_update_loads(
     engine: FakeEngine, tok: Tokenizer, path: str, others: int
 ) -> None:
@@ -126,13 +146,130 @@ def test_no_engine_is_added_while_an_update_loads(
         assert all(one.begun.wait(FAR) for one in loading)
         adding = pool.submit(web.post, "/workers", json={"url": late})
         time.sleep(0.3)
-        assert not adding.done()
+        assert not adding.done() and web.get("/health").status_code == 200
         for one in loading:
             one.free.set()
-        assert update.result().json()["success"] is True
+        assert update.result().status_code == 200
         refused = adding.result()
         assert refused.status_code == 400 and "weight_version 0, the others 5" in refused.text
         assert web.get("/workers").json()["total"] == 1 + others
+
+
+async def joining(both: Replicas, url: str) -> "asyncio.Task[str]":
+    """What it says, when it has had the time to look at the engine."""
+
+    async def join() -> str:
+        try:
+            return (await both.join(url)).name
+        except BadRequest as error:
+            return str(error)
+
+    task = asyncio.create_task(join())
+    await asyncio.wait([task], timeout=1.5)
+    return task
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_no_engine_is_added_while_a_method_updates(engine: FakeEngine, hangs_up: bool) -> None:
+    """Also when nobody waits for the update any more: the engines still load."""
+    loading = [Loading(engine) for _ in range(2)]
+    with serving(loading[0].app) as first, serving(loading[1].app) as second, serving(engine.app) as late:
+        async with Replicas([first, second]) as both:
+            update = asyncio.create_task(both.update_weights("/somewhere", 5))
+            for one in loading:
+                assert await asyncio.to_thread(one.begun.wait, FAR)
+            if hangs_up:
+                update.cancel()
+            adding = await joining(both, late)
+            assert not adding.done()
+            for one in loading:
+                one.free.set()
+            assert "weight_version 0, the others 5" in await adding
+            await asyncio.gather(update, return_exceptions=True)
+
+
+async def test_an_engine_that_was_looked_at_before_a_change_is_looked_at_again(engine: FakeEngine) -> None:
+    """Otherwise it is added with the weights that the others had when it was asked."""
+    others, late = FakeEngine(engine.script, ()), Loading(engine)
+    with serving(others.app) as first, serving(late.app) as second:
+        async with Replicas([first]) as both:
+            adding = await joining(both, second)
+            assert late.begun.is_set() and not adding.done(), "it is being asked"
+            await asyncio.wait_for(both.update_weights("/somewhere", 5), FAR)  # waits for nobody
+            late.free.set()
+            assert "weight_version 0, the others 5" in await adding
+            late.version = 5
+            assert await (await joining(both, second)) == "1"
+
+
+async def test_updates_come_to_all_in_one_order(engine: FakeEngine) -> None:
+    slow, quick = Loading(engine), Loading(engine)
+    quick.free.set()
+    with serving(slow.app) as first, serving(quick.app) as second:
+        async with Replicas([first, second]) as both:
+            updates = [asyncio.create_task(both.update_weights("/x", version)) for version in (5, 6)]
+            assert await asyncio.to_thread(slow.begun.wait, FAR)
+            await asyncio.sleep(0.3)
+            assert [one.told[-1]["weight_version"] for one in (slow, quick)] == ["5", "5"]
+            slow.free.set()
+            await asyncio.gather(*updates)
+            assert [one.version for one in (slow, quick)] == [6, 6]
+
+
+HANGS = """
+import http.server, sys, time
+class Engine(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+    def do_POST(self):
+        print("begun", flush=True)
+        time.sleep(1000)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_in_the_middle_holds_up_nobody(
+    engine: FakeEngine, two: list[FakeEngine], tok: Tokenizer, monkeypatch: pytest.MonkeyPatch, blow: int
+) -> None:
+    """One that is killed breaks its connections off; one that hangs must be looked at. A slow one is only slow."""
+    monkeypatch.setattr(replicas, "LOOK_S", 0.1)
+    monkeypatch.setattr(replicas, "LOOKS", 1)
+    slow = Loading(engine)
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        bad = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        with serving(slow.app) as first, serving(two[1].app) as late, before(tok, first, bad) as web:
+            with ThreadPoolExecutor() as pool:
+                update = pool.submit(web.post, LORA, json=UPDATE)
+                assert slow.begun.wait(FAR) and process.stdout.readline() == "begun\n"
+                process.send_signal(blow)
+                time.sleep(1)
+                slow.free.set()
+                told = update.result(FAR)
+            assert told.status_code == 200 and told.json()["taken_out"][0]["url"] == bad
+            two[1].version = 5
+            assert web.post("/workers", json={"url": late}).status_code == 202
+            assert web.post(FOLDER, json=UPDATE | {"weight_version": "6"}).status_code == 200
+            assert (slow.version, two[1].version) == (6, 6)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_answer_in_plain_text_says_too_who_was_taken_out(engine: FakeEngine, tok: Tokenizer) -> None:
+    good, bad = Loading(engine), Loading(engine, refuses=True)
+    good.free.set()
+    bad.free.set()
+    with serving(good.app) as first, serving(bad.app) as second, before(tok, first, second) as web:
+        told = web.post(LOAD, json=UPDATE)
+        assert told.headers["content-type"] == "application/json"
+        assert told.json()["message"].startswith("Success. Taken out") and second in told.json()["message"]
 
 
 def test_an_update_ends_also_when_its_client_hangs_up(engine: FakeEngine, tok: Tokenizer) -> None:
@@ -213,6 +350,24 @@ async def test_one_that_is_removed_ends_what_it_is_doing_and_is_closed(
             status, told = await asking
             assert status == 200 and b"taken_out" not in told
             assert removed._http.is_closed and not both.engines[0]._http.is_closed
+
+
+@pytest.mark.parametrize("path", ["/workers", "/workers/0"])
+def test_one_that_is_removed_while_it_is_listed_answers_that(
+    engine: FakeEngine, two: list[FakeEngine], tok: Tokenizer, path: str
+) -> None:
+    loading = Loading(engine)
+    with serving(loading.app) as first, serving(two[0].app) as second, before(tok, first, second) as web:
+        with ThreadPoolExecutor() as pool:
+            listing = pool.submit(web.get, path)
+            assert loading.begun.wait(FAR)
+            web.delete("/workers/0").raise_for_status()
+            time.sleep(0.3)
+            loading.free.set()
+            told = listing.result()
+        assert told.status_code == 200
+        worker = told.json()["workers"][0] if path == "/workers" else told.json()
+        assert (worker["url"], worker["is_healthy"], worker["load"]) == (first, True, 3)
 
 
 def test_a_workers_body_is_bounded_also_without_a_length(engine: FakeEngine, tok: Tokenizer) -> None:

@@ -13,7 +13,8 @@ the checksum that its publisher has seen.
 
 import importlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fullarc.config.errors import FullarcError
@@ -70,18 +71,15 @@ def apply_delta(checkpoint: Path, folder: Path, version: int) -> None:
     checksum, changes = _checksum(told.checksum_format), dict[str, bytes]()
     sums = dict[str, str]()
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "np") as opened:
-                sums |= opened.metadata() or {}
-                changes |= {name: opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise FullarcError(f"{file} cannot be read: {error}.", "Publish it again.") from None
+        with opened(file) as tensors:
+            sums |= tensors.metadata() or {}
+            changes |= {name: _bytes(tensors.get_tensor(name)).tobytes() for name in tensors.keys()}  # noqa: SIM118
     for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            metadata, names = opened.metadata(), set(opened.keys())
-        if names.isdisjoint(changes):
-            continue
-        tensors = load_file(file)
+        with opened(file) as old:
+            metadata, names = old.metadata(), set(old.keys())
+            if names.isdisjoint(changes):
+                continue
+            tensors = {name: old.get_tensor(name) for name in names}
         for name in names.intersection(changes):
             tensors[name] = _changed(name, tensors[name], changes.pop(name), told.delta_encoding)
             if (found := checksum(_bytes(tensors[name]))) != sums.get(name):
@@ -92,6 +90,16 @@ def apply_delta(checkpoint: Path, folder: Path, version: int) -> None:
         save_file(tensors, file, metadata)
     if changes:
         raise FullarcError(f"{folder} changes {min(changes)}, which the version before has not.")
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The tensors of a file. Raises FullarcError where it is damaged."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise FullarcError(f"{file} cannot be read: {error}.", "Publish it again.") from None
 
 
 def _changed(name: str, tensor: Tensor, packed: bytes, encoding: str) -> Tensor:

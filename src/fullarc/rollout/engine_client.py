@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -254,6 +254,11 @@ class EngineClient:
         """Any request, as it is, and its answer while it comes. Raises httpx.HTTPError."""
         timeout = httpx.Timeout(None, connect=5.0)
         return self._http.stream(method, path, headers=headers, content=content, timeout=timeout)
+
+    @asynccontextmanager
+    async def use(self, engines: "Sequence[EngineClient]") -> "AsyncIterator[list[EngineClient]]":
+        """Ask `engines` themselves, which are some of this one's: inside none of them is closed."""
+        yield list(engines)
 
     async def health(self) -> bool:
         """True when the engine answers GET /health with 200; never raises EngineError."""

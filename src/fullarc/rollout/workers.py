@@ -43,11 +43,13 @@ class Workers:
         ]
 
     async def _list(self, _http: Request) -> Response:
-        told = await asyncio.gather(*map(self._worker, self._engine.engines))
+        async with self._engine.use(self._engine.engines) as engines:
+            told = await asyncio.gather(*map(self._worker, engines))
         return JSONResponse({"workers": told, "total": len(told)})
 
     async def _get(self, http: Request) -> Response:
-        return JSONResponse(await self._worker(self._find("name", http.path_params["id"])))
+        async with self._engine.use([self._find("name", http.path_params["id"])]) as (engine,):
+            return JSONResponse(await self._worker(engine))
 
     async def _urls(self, _http: Request) -> Response:
         return JSONResponse({"urls": [engine.url for engine in self._engine.engines]})

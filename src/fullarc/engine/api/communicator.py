@@ -118,6 +118,7 @@ class Communicator:
         if sum(each.bytes for each in coming.values()) > self.transfer.limit:
             raise FullarcError("More bytes are announced than this model has.", "Is it the same model?")
         self._expected = coming
+        self.transfer.service.collecting.add(self)
         self._then(lambda: self._receive(spec))
         return answer({"message": "Request received, updating named parameter"})
 
@@ -134,7 +135,8 @@ class Communicator:
         """Install what was announced, as one update. Raises FullarcError if it did not come or does not fit."""
         async with self._settling:
             await self._done()
-            parts, self._parts, self._expected = self._parts, {}, {}
+            parts = self._parts
+            self._forget()
             if parts:
                 staging = self.updates.staging
                 await self.updates.install(lambda name: staging.from_tensors(parts, name), None, "keep")
@@ -179,6 +181,11 @@ class Communicator:
         self._joining.stop()
         if self._work:
             self._work.cancel()
-        self._work, self._parts, self._expected = None, {}, {}
+        self._work = None
+        self._forget()
         with suppress(FullarcError):
             self.transfer.leave(TRL)
+
+    def _forget(self) -> None:
+        self._parts, self._expected = {}, {}
+        self.transfer.service.collecting.discard(self)

@@ -170,6 +170,8 @@ class Control:
             "vocab_size": s.weights.config.vocab_size,
             "max_model_len": s.max_len,
             "eos_token_id": list(s.weights.config.eos_token_id),
+            "loaded_adapters": {name: adapter.folder for name, adapter in s.adapters.copy().items()},
+            "weight_update_open": bool(service.collecting),
         })  # fmt: skip
 
     async def server_info(self, _http: HttpRequest) -> Response:

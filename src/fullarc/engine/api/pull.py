@@ -5,12 +5,17 @@ what has changed since the version before (see `deltas`). Here the newest whole 
 or what was pulled before, or for version 0 the engine's first checkpoint, is copied into a folder of this host, with
 all changes from there on; the folder is replaced at once or not at all.
 
-Invariant: only a folder that came by pulling is ever replaced.
+Invariants: only a folder that came by pulling is ever replaced; of several engines of a host that pull one version into
+one folder, one does it and the others find it there.
 """
 
 import asyncio
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from fullarc.config.files import MANIFEST, atomic_dir, verify_manifest
 from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.updates import Updates
-from fullarc.engine.deltas import apply_delta, delta_metadata
+from fullarc.engine.deltas import apply_delta, delta_metadata, opened
 from fullarc.model.checkpoint import load_config
 
 MARK = "pulled.json"
@@ -68,31 +73,51 @@ def pull(source: Path, local: Path, version: int, base: Path | None = None) -> N
     Raises FullarcError if there is no such version, or `local` is a folder of somebody's own.
     """
     try:
-        here = _pulled(local)
-        if here == _told(source, version):
-            return
-        first = version
-        while here != _told(source, first) and first > 0 and delta_metadata(_published(source, first)):
-            first -= 1
-        seed = local if here == _told(source, first) else _published(source, first)
-        if first == 0 and base and not seed.exists():
-            seed = base
-        load_config(seed)
-        if not list(seed.glob("*.safetensors")):
-            raise FullarcError(f"{seed} has no safetensors.", "Publish whole checkpoints first.")
-        if (seed / MANIFEST).is_file():
-            verify_manifest(seed)
-        with atomic_dir(local) as made:
-            for file in sorted(seed.iterdir()):
-                if file.is_file() and file.name not in (MANIFEST, MARK):
-                    shutil.copyfile(file, made / file.name)
-            for number in range(first + 1, version + 1):
-                apply_delta(made, _published(source, number), number)
-            (made / MARK).write_text(json.dumps(_told(source, version)))
+        with _alone(local.parent):
+            _pull(source, local, version, base)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, FullarcError):
             raise
         raise FullarcError(f"Version {version} cannot be pulled from {source}: {error!r:.300}.") from None
+
+
+def _pull(source: Path, local: Path, version: int, base: Path | None) -> None:
+    here = _pulled(local)
+    if here == _told(source, version):
+        return
+    first = version
+    while here != _told(source, first) and first > 0 and delta_metadata(_published(source, first)):
+        first -= 1
+    seed = local if here == _told(source, first) else _published(source, first)
+    if first == 0 and base and not seed.exists():
+        seed = base
+    load_config(seed)
+    if not list(seed.glob("*.safetensors")):
+        raise FullarcError(f"{seed} has no safetensors.", "Publish whole checkpoints first.")
+    if (seed / MANIFEST).is_file():
+        verify_manifest(seed)
+    for file in seed.glob("*.safetensors"):
+        with opened(file):
+            pass
+    with atomic_dir(local) as made:
+        for file in sorted(seed.iterdir()):
+            if file.is_file() and file.name not in (MANIFEST, MARK):
+                shutil.copyfile(file, made / file.name)
+        for number in range(first + 1, version + 1):
+            apply_delta(made, _published(source, number), number)
+        (made / MARK).write_text(json.dumps(_told(source, version)))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else on this host pulls into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _published(source: Path, version: int) -> Path:

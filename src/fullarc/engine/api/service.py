@@ -59,6 +59,7 @@ class Service:
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
         strict: whether other names are refused (see `whose`).
+        collecting: who has parts of a weight update that is not installed yet.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Service:
         self.grammars = Grammars(self.tok) if self.tok else None
         self.name = name or (folder.parent.name if folder.name == "checkpoint" else folder.name) or "fullarc"
         self.strict = False
+        self.collecting: set[object] = set()
         self._longest = (
             max(map(len, map(self.tok.token_bytes, range(self.tok.vocab_size)))) if self.tok else 0
         )
@@ -122,17 +124,22 @@ class Service:
 
     async def on_engine(self, function: Callable[[Scheduler], Any]) -> Any:
         """Run `function` between two steps."""
+        self._loop = asyncio.get_running_loop()
         return await asyncio.wrap_future(self.worker.call(function))
 
     async def submit(self, requests: list[Request], each_token: bool = False) -> "Watch":
         """Queue requests, all or none. Raises RequestError, QueueFullError."""
-        self._loop = asyncio.get_running_loop()
+        watch = self.watch(requests, each_token)
+        await self.on_engine(lambda s: submit_all(s, requests))
+        return watch
+
+    def watch(self, requests: list[Request], each_token: bool) -> "Watch":
+        """A watch of requests that are to be submitted."""
         watch = Watch(self, requests)
         for request in requests:
             request.on_finish = _in_turn(request.on_finish, watch.note_end)
             request.on_token = watch.note if each_token else None
         watch.each_token = each_token
-        await self.on_engine(lambda s: submit_all(s, requests))
         return watch
 
     async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
@@ -301,8 +308,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
-    """All or nothing: a batch with one bad prompt, or too large for the queue, is refused as a whole."""
+def submit_all(scheduler: Scheduler, requests: list[Request], instead_of: Request | None = None) -> None:
+    """All or nothing: a batch with one bad prompt, or too large for the queue, is refused as a whole.
+
+    What they come `instead_of` is ended, unless they are refused.
+    """
     names = [request.rid for request in requests]
     known = {*scheduler.running, *(request.rid for request in scheduler.waiting)}
     if len(set(names)) < len(names) or known.intersection(names):
@@ -313,6 +323,8 @@ def submit_all(scheduler: Scheduler, requests: list[Request]) -> None:
         raise QueueFullError(
             f"The queue holds {scheduler.max_queue} requests and is full.", "Try again later."
         )
+    if instead_of:
+        scheduler.cancel(instead_of)
     for request in requests:
         scheduler.submit(request)
 

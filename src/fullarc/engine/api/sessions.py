@@ -9,13 +9,13 @@ prefix cache's business.
 
 Invariants: at most MAX_SESSIONS sessions and MAX_TURNS requests are kept, none of them when it is closed or idle for
 its `timeout`; no two of a session have one name; a request that is refused makes a session forget nothing, and what
-it would replace runs on, unless only the queue refuses it.
+it would replace runs on.
 """
 
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -210,7 +210,7 @@ class Sessions:
     @asynccontextmanager
     async def turn(self, params: SessionParams | None) -> AsyncIterator[Turn | None]:
         """What a request with `params` goes on from; inside it is submitted, or refused and forgotten. What it
-        `replaces` is to be ended before.
+        `replaces` is to be ended with that.
 
         Raises RequestError for what the session has not.
         """
@@ -224,17 +224,15 @@ class Sessions:
         session.coming.append(turn)
         try:
             yield turn
-            await self.end(session.keep(turn))
+            await self._end(session.keep(turn))
         finally:
             session.coming.remove(turn)
             session.used = time.monotonic()
 
-    async def end(self, requests: list[Request], instead: Iterable[Request] = ()) -> None:
-        """End what runs. Raises RequestError, and then it runs on, if what is to come `instead` can never be served."""
+    async def _end(self, requests: list[Request]) -> None:
+        """End what runs."""
 
         def act(scheduler: Scheduler) -> None:
-            for request in instead:
-                scheduler.check(request)
             for request in requests:
                 scheduler.cancel(request)
 

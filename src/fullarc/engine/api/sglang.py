@@ -17,11 +17,12 @@ from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sgla
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, read_body, written
-from fullarc.engine.api.service import DONE, EventStream, Service, Watch
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch, submit_all
 from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
 from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.scheduler import Scheduler
 
 BLOCK = 512  # entries of a list that are written at once
 
@@ -286,17 +287,29 @@ class Sglang:
         formed = any(wire.formed for wire in sampling)
         async with self.sessions.turn(body.session_params) as turn:
             plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
+            session = session_of(http, body.routing_key)
             if turn and turn.replaces:
-                # it ends when nothing is wrong with this one, which then has all its tokens
-                await self.sessions.end([turn.replaces], plan.requests)
-                plan = await aside(http, lambda: Plan(self.service, body, turn), formed)
-            for request in plan.requests:
-                request.session = session_of(http, body.routing_key)
-            watch = await self.service.submit(plan.requests, each_token=body.stream)
+                plan, watch = await self.service.on_engine(lambda s: self._replace(s, body, turn, session))
+            else:
+                for request in plan.requests:
+                    request.session = session
+                watch = await self.service.submit(plan.requests, each_token=body.stream)
         if body.stream:
             return EventStream(watch, _events(plan, watch))
         await self.service.finish(http, watch)
         return await written(plan.requests, plan.json)
+
+    def _replace(
+        self, scheduler: Scheduler, body: GenerateBody, turn: Turn, session: str
+    ) -> tuple[Plan, Watch]:
+        """Engine thread: end what a turn replaces, which has all its tokens now, if nothing is wrong with this one."""
+        scheduler.settle()
+        plan = Plan(self.service, body, turn)
+        for request in plan.requests:
+            request.session = session
+        watch = self.service.watch(plan.requests, body.stream)
+        submit_all(scheduler, plan.requests, turn.replaces)
+        return plan, watch
 
 
 async def _events(plan: Plan, watch: Watch) -> AsyncIterator[bytes]:

@@ -229,10 +229,12 @@ class Updates:
         if self._open is not None:
             self._open.over = True
         self._open = _Session()
+        self.service.collecting.add(self)
 
     async def finish(self, body: UpdateBody) -> dict[str, Any]:
         """Install the collected parts as one update. Raises FullarcError if one of them failed."""
         session, self._open = self._open, None
+        self.service.collecting.discard(self)
         if session is None:
             raise FullarcError("No weight update is open.", "Begin one first.")
         return await self.install(  # whole() behind the lock: parts that are still coming belong to it
