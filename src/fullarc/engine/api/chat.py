@@ -93,6 +93,8 @@ class Conversation:
     ) -> None:  # fmt: skip
         if grammar and forced:
             raise BadRequest(f"{grammar.name} and a forced tool_choice contradict each other.", grammar.name)
+        if grammar and grammar.kind == "structural_tag" and tools and not several:
+            raise BadRequest(f"{grammar.name} cannot bar parallel tool calls.", grammar.name)
         self.service, self.tok = service, service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:

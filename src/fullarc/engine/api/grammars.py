@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fullarc.chat.forced import CallGuide
-from fullarc.chat.grammar import MAX_TEXT, Grammar, choice_grammar, json_grammar, opens_thought, read_format
+from fullarc.chat.grammar import (
+    MAX_TEXT,
+    Grammar,
+    choice_grammar,
+    json_grammar,
+    opens_thought,
+    read_format,
+    tags_grammar,
+)
 from fullarc.chat.openai import BadRequest
 from fullarc.engine.api.service import Service
 from fullarc.engine.guide import Guide
@@ -26,12 +34,13 @@ class GrammarBody(BaseModel):
     json_schema: Schema | None = None
     regex: Text | None = None
     ebnf: Text | None = None
-    structural_tag: None = None
+    structural_tag: Schema | None = None
 
     @property
     def formed(self) -> bool:
         """Whether there is a form to be compiled, which takes time."""
-        return any(value is not None for value in (self.json_schema, self.regex, self.ebnf))
+        forms = (self.json_schema, self.regex, self.ebnf, self.structural_tag)
+        return any(value is not None for value in forms)
 
     def grammar(self) -> Grammar | None:
         """The form. Raises BadRequest where it is none, or one of several."""
@@ -47,6 +56,7 @@ class GrammarBody(BaseModel):
             _made(json_grammar, self.json_schema, "json_schema"),
             _made(_regex, self.regex, "regex"),
             _made(_ebnf, self.ebnf, "ebnf"),
+            _made(tags_grammar, self.structural_tag, "structural_tag"),
         ]
 
 
@@ -62,9 +72,9 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: Text | None = None
+    structural_tag: Schema | None = None
     # refused unless neutral
     disable_additional_properties: Literal[False, None] = None
-    structural_tag: None = None
 
     def grammars(self, name: str = "structured_outputs") -> list[Grammar | None]:
         """All that are given."""
@@ -78,6 +88,7 @@ class StructuredOutputs(BaseModel):
             _made(_regex, self.regex, f"{name}.regex"),
             _made(choice_grammar, self.choice, f"{name}.choice"),
             _made(_ebnf, self.grammar, f"{name}.grammar"),
+            _made(tags_grammar, self.structural_tag, f"{name}.structural_tag"),
             json_grammar({"type": "object"}, f"{name}.json_object", **spaces) if self.json_object else None,
         ]
 
