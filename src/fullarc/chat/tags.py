@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 
 MAX_TAGS, MAX_TRIGGER = 256, 128
 _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-Schema = dict[str, Any]
-Tag = tuple[str, Schema, str]
-ReadSchema = Callable[[Any, str], Schema]
+ReadSchema = Callable[[Any, str], dict[str, Any]]
 
 
 def read_tags(given: Any, name: str, schema: ReadSchema) -> str:
-    """A request's tags by their triggers, as JSON; `schema` reads one of their schemas. Raises BadRequest."""
+    """A request's structural tag in the older form, as JSON; `schema` reads a schema of it. Raises BadRequest."""
     if not isinstance(given, dict):
         raise BadRequest(f"{name} must be an object.", name)
     old = "format" not in given
@@ -50,26 +48,31 @@ def read_tags(given: Any, name: str, schema: ReadSchema) -> str:
     triggers, tags = (_few(form.get(part), f"{where}.{part}", name) for part in ("triggers", of))
     if not all(trigger and isinstance(trigger, str) for trigger in triggers):
         raise BadRequest(f"{where}.triggers must be texts that are not empty.", name)
-    found: dict[str, list[Tag]] = {trigger: [] for trigger in triggers}
-    _check_triggers(found, where, name)
+    triggers = list(dict.fromkeys(triggers))
+    _check_triggers(triggers, where, name)
+    found, used = list[dict[str, Any]](), set[str]()
     for number, data in enumerate(tags):
-        tag = _read_tag(data, old, f"{where}.{of}[{number}]", name, schema)
-        its = next((its for trigger, its in found.items() if tag[0].startswith(trigger)), None)
-        if its is None:
+        found.append(_read_tag(data, old, f"{where}.{of}[{number}]", name, schema))
+        begins = {trigger for trigger in triggers if found[-1]["begin"].startswith(trigger)}
+        if not begins:
             raise BadRequest(f"{where}.{of}[{number}].begin starts with none of the triggers.", name)
-        its.append(tag)
-    unused = next((trigger for trigger, its in found.items() if not its), None)
+        used |= begins
+    unused = next((trigger for trigger in triggers if trigger not in used), None)
     if unused is not None:
         raise BadRequest(f"{where}.triggers: no tag begins with {unused[:50]!r}.", name)
-    return json.dumps(found)
+    return json.dumps({"type": "structural_tag", "structures": found, "triggers": triggers})
 
 
 def tags_to_lark(text: str, tok: Tokenizer) -> str:
     """What `read_tags` has read, as a grammar: text up to a trigger is one lazy terminal."""
+    given = json.loads(text)
     lark, tags = ["TEXT: /(?s:.)*/"], list[str]()
-    for number, (trigger, its) in enumerate(json.loads(text).items()):
-        bodies = (f"{_said(begin[len(trigger) :], tok)} %json {json.dumps(schema)} {_said(end, tok)}"
-                  for begin, schema, end in its)  # fmt: skip
+    for number, trigger in enumerate(given["triggers"]):
+        its = (tag for tag in given["structures"] if tag["begin"].startswith(trigger))
+        bodies = (
+            f"{_said(tag['begin'][len(trigger) :], tok)} %json {json.dumps(tag['schema'])} {_said(tag['end'], tok)}"
+            for tag in its
+        )
         lazy = "" if trigger in SPECIAL_TOKENS else "[lazy]"
         lark += [f"trigger{number}{lazy}: TEXT {_said(trigger, tok)}", f"body{number}: {' | '.join(bodies)}"]
         tags.append(f"trigger{number} body{number}")
@@ -80,7 +83,7 @@ class TagMatcher:
     """The part of `LLMatcher` that guides use, for a matcher of `tags_to_lark`'s grammar at its start."""
 
     def __init__(self, matcher: "LLMatcher", text: str, tok: Tokenizer) -> None:
-        triggers = json.loads(text)
+        triggers = json.loads(text)["triggers"]
         self._special = frozenset(tok.id(trigger) for trigger in triggers if trigger in SPECIAL_TOKENS)
         self._triggers = [trigger.encode() for trigger in triggers if trigger not in SPECIAL_TOKENS]
         self._begun = {t[:length] for t in self._triggers for length in range(1, len(t))}
@@ -144,7 +147,7 @@ class TagMatcher:
         return free.to_bytes((free.bit_length() + 7) // 8, "little")
 
 
-def _read_tag(data: Any, old: bool, where: str, name: str, schema: ReadSchema) -> Tag:
+def _read_tag(data: Any, old: bool, where: str, name: str, schema: ReadSchema) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadRequest(f"{where} must be an object.", name)
     begin, end = data.get("begin"), data.get("end")
@@ -157,12 +160,14 @@ def _read_tag(data: Any, old: bool, where: str, name: str, schema: ReadSchema) -
     if any("\ud800" <= char <= "\udfff" for char in begin + end):
         raise BadRequest(f"{where}: a lone surrogate is no character.", name)
     if old:
-        return begin, schema(data.get("schema"), f"{where}.schema"), end
+        read = schema(data.get("schema"), f"{where}.schema")
+        return {"begin": begin, "schema": read, "end": end}
     content = data.get("content")
     if not isinstance(content, dict) or content.get("type") != "json_schema":
         raise BadRequest(f"{where}.content.type must be json_schema; others are not built.", name)
     _only(content, {"type", "json_schema"}, f"{where}.content", name)
-    return begin, schema(content.get("json_schema"), f"{where}.content.json_schema"), end
+    read = schema(content.get("json_schema"), f"{where}.content.json_schema")
+    return {"begin": begin, "schema": read, "end": end}
 
 
 def _few(values: Any, where: str, name: str) -> list[Any]:

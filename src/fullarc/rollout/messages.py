@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fullarc.chat import Tokenizer, anthropic
+from fullarc.chat.grammar import read_format
 from fullarc.chat.openai import BadRequest, dump, flag, number
 from fullarc.chat.turns import partial_text
 from fullarc.rollout.engine_client import Completion
@@ -24,7 +25,6 @@ def read_request(body: Any) -> ChatRequest:
     for name, neutral in _NEUTRAL.items():
         if not any(body.get(name) == value for value in neutral):
             raise BadRequest(f"'{name}' is not supported in a session.", name, "unsupported_parameter")
-    anthropic.refuse_format(body.get("output_config"))
     use = anthropic.read_tool_use(body.get("tools"), body.get("tool_choice"))
     if use.forced is not None or not use.several:
         raise BadRequest(
@@ -54,6 +54,7 @@ def read_request(body: Any) -> ChatRequest:
         n=1,
         logprobs=False,
         return_token_ids=False,
+        form=read_format(anthropic.output_format(body.get("output_config")), "output_config.format"),
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullarc.chat import Message, Tokenizer
+from fullarc.chat.forms import read_form
+from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import BadRequest, flag, message_json, number, read_messages, read_tools
 from fullarc.chat.render import Tools
 from fullarc.chat.turns import read_turn
@@ -26,7 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "functions": (None, []),
     "function_call": (None,),
-    "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "auto", "none"),
 }
 
@@ -47,6 +48,7 @@ class ChatRequest:
     n: int
     logprobs: bool
     return_token_ids: bool
+    form: Grammar | None
 
 
 def read_request(body: Any) -> ChatRequest:
@@ -79,6 +81,7 @@ def read_request(body: Any) -> ChatRequest:
         n=number(body, "n", 1, 1, 64, whole=True),
         logprobs=flag(body, "logprobs", False),
         return_token_ids=flag(body, "return_token_ids", False),
+        form=read_form(body),
     )
     if request.stream and request.n > 1:
         raise BadRequest("'n' must be 1 with 'stream'.", "n")

@@ -5,12 +5,14 @@ are cumulative. Text is decoded where the folder has a tokenizer, and is "" wher
 """
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.chat.forced import CallGuide
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
@@ -112,7 +114,8 @@ class Plan:
             new = build(
                 service, prompt, wire, names, score_from=starts[number] if told else -1,
                 top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
-                support=bool(mask or wire.top_p_ids), guide=guiding(service, wire.grammar(), prompt),
+                support=bool(mask or wire.top_p_ids),
+                guide=guiding(service, wire.grammar(), prompt, partial(_instead, service, wire)),
             )  # fmt: skip
             for request in new:
                 request.priority = -(body.priority or 0)
@@ -128,6 +131,11 @@ class Plan:
                     "session_params is for one prompt and n = 1.", "Send one request for each."
                 )
             turn.watch(self.requests[0])
+
+
+def _instead(service: Service, wire: SamplingBody) -> CallGuide | None:
+    """Lets a turn begin with a call."""
+    return CallGuide(service.text, (), None, False, True) if wire.tool_call_instead else None
 
 
 def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], bool]:
