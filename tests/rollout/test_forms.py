@@ -112,12 +112,14 @@ async def test_anthropics_output_config_travels_too(
         ({"response_format": {"type": "structural_tag"}}, "response_format.triggers"), ({"regex": 5}, "regex"),
         ({"guided_json": "["}, "guided_json is not JSON"), ({"regex": "a", "ebnf": "b"}, "contradict"),
         ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml"),
+        ({"regex": "\ud800"}, "regex: Input"), ({"guided_grammar": "\udfff"}, "guided_grammar: Input"),
     ],
 )  # fmt: skip
 async def test_what_is_no_form_is_a_400_before_anything_is_sampled(
     http: httpx.AsyncClient, engine: FakeEngine, fields: Any, says: str
 ) -> None:
-    answer = await http.post("/v1/chat/completions", json=BODY | fields, headers=SESSION)
+    content = json.dumps(BODY | fields).encode()
+    answer = await http.post("/v1/chat/completions", content=content, headers=SESSION)
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
     body = {"max_tokens": 9, "messages": HELLO, "output_config": {"format": {"type": "xml"}}}
     answer = await http.post("/v1/messages", json=body, headers=SESSION)
