@@ -143,10 +143,10 @@ def test_the_oracle_of_a_family_scores_one_and_silence_zero(
     assert seen[0] == seen[1], "every checkpoint is asked with the same seed"
 
 
-async def test_a_form_that_would_not_be_followed_is_refused(engine: Engine) -> None:
-    sampling = Sampling(3, form=json_grammar({}, "response_format"))
-    with pytest.raises(EngineError, match="response_format: an evaluation follows no forms"):
-        await episodes.LocalEngine(engine).generate([1, 2], sampling)
+async def test_what_would_not_be_followed_is_refused(engine: Engine) -> None:
+    for sampling in (Sampling(3, form=json_grammar({}, "response_format")), Sampling(3, stop=("a",))):
+        with pytest.raises(EngineError, match="no forms and no stop strings"):
+            await episodes.LocalEngine(engine).generate([1, 2], sampling)
 
 
 def sampled(found: list[Trajectory]) -> list[tuple[list[int], list[float], Outcome]]:

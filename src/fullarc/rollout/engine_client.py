@@ -43,7 +43,8 @@ class EngineError(FullarcError):
 class Sampling:
     """How to sample. `seed` None leaves the choice of randomness to the engine; temperature 0 is greedy.
 
-    `form`: what the reply must follow; with `calls` it may call a tool instead (our engine's, not SGLang's).
+    `stop`: strings that end the reply. `form`: what it must follow; with `calls` it may call a tool instead (our
+    engine's, not SGLang's).
     """
 
     max_new_tokens: int = 256
@@ -53,6 +54,12 @@ class Sampling:
     seed: int | None = None
     form: Grammar | None = None
     calls: bool = False
+    stop: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether its replies are sampled in one go: no engine takes up a form or a stop string in its middle."""
+        return self.form is not None or bool(self.stop)
 
     def wire(self) -> dict[str, Any]:
         """SGLang's `sampling_params`."""
@@ -66,6 +73,8 @@ class Sampling:
         }
         if self.seed is not None:
             params["sampling_seed"] = self.seed
+        if self.stop:
+            params["stop"] = list(self.stop)
         if self.form:
             params[self.form.kind] = self.form.text
             if self.calls and self.form.kind != "structural_tag":
@@ -75,7 +84,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine sampled; the three lists are aligned. finish: "stop" | "length" | "abort"."""
+    """What the engine sampled; the three lists are aligned. finish: "stop" | "length" | "abort".
+
+    `matched`: the stop string that ended it, which its tokens contain.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -83,6 +95,7 @@ class Completion:
     finish: str
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    matched: str = ""
 
 
 class _Pools(httpx.AsyncBaseTransport):
@@ -199,14 +212,13 @@ class EngineClient:
     ) -> Completion:
         """Go on from where an abort (a weight update) left a completion of `ids`, until it stops or is full.
 
-        The tokens of the parts keep their own log-probs and weight versions. One that follows a form begins anew,
-        since no engine takes a form up in its middle.
+        The tokens of the parts keep their own log-probs and weight versions. What is sampled `whole` begins anew.
         """
-        tries = MAX_RESTARTS if sampling.form else MAX_RESUMES
+        tries = MAX_RESTARTS if sampling.whole else MAX_RESUMES
         for _ in range(tries):
             if done.finish != "abort":
                 return done
-            if sampling.form:
+            if sampling.whole:
                 [done] = await self.generate(ids, sampling, session)
                 continue
             room = sampling.max_new_tokens - len(done.token_ids)
@@ -368,7 +380,8 @@ def _completion(item: Any) -> Completion:
         versions = [_version(meta.get("weight_version", 0))] * len(pairs)
         for version, start, end in meta.get("weight_versions") or []:
             versions[start:end] = [_version(version)] * (min(end, len(pairs)) - start)
-        finish = (meta.get("finish_reason") or {}).get("type", "")
+        reason = meta.get("finish_reason") or {}
+        finish, matched = reason.get("type", ""), reason.get("matched")
         if len(item.get("output_ids") or pairs) != len(pairs):
             raise EngineError("protocol", "The engine sent a different number of tokens and log-probs.")
         return Completion(
@@ -378,6 +391,7 @@ def _completion(item: Any) -> Completion:
             finish,
             int(meta.get("prompt_tokens") or 0),
             int(meta.get("cached_tokens") or 0),
+            matched if isinstance(matched, str) else "",
         )
     except EngineError:
         raise

@@ -9,7 +9,7 @@ and weight versions for training. Without the header the request stands alone an
 
 With `passes` the engine's other routes are served too (`passing`) and /workers lists the engines (`workers`), and with
 "all" also chats that stand alone are the engine's: our own engine does more of both dialects than is recorded here,
-such as stop strings and forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
+such as forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
 with the error object of its dialect, an engine whose queue is full a 429, streamed or not; 5xx means that the engine
 failed.
 """
@@ -200,7 +200,14 @@ class Gateway:
         seed = request.seed if choice == 0 or request.seed is None else derive(request.seed, "choice", choice)
         calls = request.tools is not None
         return Sampling(
-            room, request.temperature, request.top_p, self.tok.stop_ids, seed, request.form, calls
+            room,
+            request.temperature,
+            request.top_p,
+            self.tok.stop_ids,
+            seed,
+            request.form,
+            calls,
+            request.stop,
         )
 
     async def _sample(self, request: ChatRequest, plan: Plan, session_id: str | None) -> list[Completion]:
@@ -244,8 +251,8 @@ class Gateway:
                 if not done.finish:
                     for chunk in stream.grow(done):
                         yield chunk
-            if sampling.form and done.finish == "abort" and done.token_ids:
-                raise EngineError("failed", "The engine aborted a reply that follows a form; ask again.")
+            if sampling.whole and done.finish == "abort" and done.token_ids:
+                raise EngineError("failed", "The engine aborted a reply that it cannot take up; ask again.")
             done = await self.engine.finish(plan.prompt_ids, sampling, done, session_id)
         except EngineError as error:
             yield stream.error(str(error))
