@@ -226,6 +226,15 @@ def test_what_are_no_tags_is_refused_by_name(tok, grammars, given, says):
     assert str(caught.value).startswith("structural_tag") and "\n" not in str(caught.value)
 
 
+def test_what_nests_too_deep_is_refused():
+    schema: dict = {}
+    for _ in range(5000):
+        schema = {"not": schema}
+    for given in (old([("a", schema, "")], ["a"]), {"type": "json_schema", "schema": schema}):
+        with pytest.raises(BadRequest, match="response_format nests too deep"):
+            read_format({"type": "structural_tag"} | given, "response_format")
+
+
 def test_neutral_fields_ask_for_nothing(tok, grammars):
     told = tags_grammar(old(), "structural_tag")
     assert told == read_format(

@@ -144,7 +144,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["messages", "system", "tools", "tool_choice", "thinking", "max_tokens", "temperature", "top_p", "top_k",
-          "stream", "stop_sequences", "seed", "model"]  # fmt: skip
+          "stream", "stop_sequences", "seed", "model", "output_config"]  # fmt: skip
 BLOCK = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
     optional={

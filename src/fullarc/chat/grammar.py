@@ -48,12 +48,12 @@ class Grammar:
 
 def json_grammar(schema: Any, name: str, **options: Any) -> Grammar:
     """The form of a JSON schema, given as an object or as its text; `options` as in llguidance's `x-guidance`."""
-    return Grammar("json_schema", json.dumps(_schema(schema, name, **options)), name)
+    return Grammar("json_schema", _dumped(_schema(schema, name, **options), name), name)
 
 
 def tags_grammar(given: Any, name: str) -> Grammar:
     """The form of structural tags, given as an object or as its text."""
-    return Grammar("structural_tag", read_tags(_decoded(given, name), name, _schema), name)
+    return Grammar("structural_tag", _dumped(read_tags(_decoded(given, name), name, _schema), name), name)
 
 
 def choice_grammar(choices: Sequence[str], name: str) -> Grammar:
@@ -222,6 +222,14 @@ def _decoded(given: Any, name: str) -> Any:
         return json.loads(given)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{name} is not JSON ({error}).", name) from None
+
+
+def _dumped(value: dict[str, Any], name: str) -> str:
+    """The JSON of a form."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise BadRequest(f"{name} nests too deep.", name) from None
 
 
 def _check_length(text: str, name: str) -> None:

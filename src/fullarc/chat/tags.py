@@ -32,8 +32,8 @@ _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 ReadSchema = Callable[[Any, str], dict[str, Any]]
 
 
-def read_tags(given: Any, name: str, schema: ReadSchema) -> str:
-    """A request's structural tag in the older form, as JSON; `schema` reads a schema of it. Raises BadRequest."""
+def read_tags(given: Any, name: str, schema: ReadSchema) -> dict[str, Any]:
+    """A request's structural tag in the older form; `schema` reads a schema of it. Raises BadRequest."""
     if not isinstance(given, dict):
         raise BadRequest(f"{name} must be an object.", name)
     old = "format" not in given
@@ -60,11 +60,11 @@ def read_tags(given: Any, name: str, schema: ReadSchema) -> str:
     unused = next((trigger for trigger in triggers if trigger not in used), None)
     if unused is not None:
         raise BadRequest(f"{where}.triggers: no tag begins with {unused[:50]!r}.", name)
-    return json.dumps({"type": "structural_tag", "structures": found, "triggers": triggers})
+    return {"type": "structural_tag", "structures": found, "triggers": triggers}
 
 
 def tags_to_lark(text: str, tok: Tokenizer) -> str:
-    """What `read_tags` has read, as a grammar: text up to a trigger is one lazy terminal."""
+    """What `read_tags` has read, in JSON, as a grammar: text up to a trigger is one lazy terminal."""
     given = json.loads(text)
     lark, tags = ["TEXT: /(?s:.)*/"], list[str]()
     for number, trigger in enumerate(given["triggers"]):
