@@ -15,7 +15,7 @@ import openai
 import pytest
 from running import Running
 
-from fullarc.chat.grammar import Grammar, Grammars, choice_grammar, json_grammar
+from fullarc.chat.grammar import Grammar, Grammars, choice_grammar, json_grammar, tags_grammar
 from fullarc.engine import Engine
 from fullarc.engine.api.sglang import finish_reason
 from fullarc.engine.request import Request
@@ -28,11 +28,34 @@ FILE = {"type": "object", "required": ["path", "size"], "additionalProperties": 
                        "kind": {"enum": ["text", "文本", None]}}}  # fmt: skip
 VALID = jsonschema_rs.validator_for(FILE)
 DATE, PAIRS = r"\d{4}-[01]\d", 'root ::= "(" root ")" | "ab"'
+# a trigger that a model which says anything soon says, and no name of a special token that is shown holds
+BEGINS = {"w:": (FILE, "."), "job ": (SIZE, ""), "zip ": (SIZE, ";")}
+TAGS = {"type": "structural_tag", "triggers": [*"wjz"], "structures": [
+    {"begin": begin, "schema": schema, "end": end} for begin, (schema, end) in BEGINS.items()]}  # fmt: skip
+FORMAT = {"type": "triggered_tags", "triggers": [*"wjz"], "tags": [
+    {"begin": begin, "content": {"type": "json_schema", "json_schema": schema}, "end": end}
+    for begin, (schema, end) in BEGINS.items()]}  # fmt: skip
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
 def prompt_of(tok, name="</think>"):
     return [tok.id("<|user|>"), *tok.encode("hello"), tok.id("<|assistant|>"), tok.id(name)]
+
+
+def tagged(text):
+    """The begins of a text's tags, all of them good."""
+    found = []
+    while trigger := re.search("[wjz]", text):
+        text = text[trigger.start() :]
+        begin = next(begin for begin in BEGINS if text.startswith(begin))
+        value, length = json.JSONDecoder().raw_decode(text[len(begin) :])
+        schema, end = BEGINS[begin]
+        jsonschema_rs.validator_for(schema).validate(value)
+        text = text[len(begin) + length :]
+        assert text.startswith(end)
+        text = text[len(end) :]
+        found.append(begin)
+    return found
 
 
 # --- the engine alone -----------------------------------------------------------------------------------------
@@ -117,6 +140,30 @@ def test_an_interrupted_form_goes_on_as_it_would_have(talking, grammars, steps):
     for text in formed:
         VALID.validate(json.loads(text))
     assert formed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_no_trigger_comes_a_structural_tag_changes_nothing(talking, grammars, temperature):
+    folder, tok = talking
+    rare = TAGS | {"triggers": ["@@@"], "structures": [{"begin": "@@@", "schema": FILE, "end": ""}]}
+
+    def run(form):
+        scheduler, requests = Engine(folder, max_batch=8, max_len=512).scheduler, []
+        for seed in range(8):
+            params = SamplingParams(
+                max_new_tokens=150, seed=seed, temperature=temperature, stop_ids=frozenset(tok.stop_ids)
+            )
+            guide = grammars.guide(tags_grammar(rare, "s"), tok.stop_ids, False) if form else None
+            prompt = [*prompt_of(tok), *tok.encode(str(seed))]
+            requests.append(Request(str(seed), prompt, params, guide=guide))
+            scheduler.submit(requests[-1])
+        drain(scheduler)
+        return [(r.output, r.logprobs, r.finish) for r in requests]
+
+    free = run(False)
+    assert run(True) == free
+    said = [token for output, _, _ in free for token in output]
+    assert set(said) & tok.special_ids - set(tok.stop_ids) and "\ufffd" in tok.decode(said), "anything at all"
 
 
 class Lost:
@@ -276,6 +323,56 @@ def test_anthropics_client_gets_its_schema(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
+    "fields",
+    [{"structural_tag": json.dumps(TAGS)}, {"structured_outputs": {"structural_tag": json.dumps(TAGS)}},
+     {"response_format": TAGS}, {"response_format": {"type": "structural_tag", "format": FORMAT}}],
+)  # fmt: skip
+def test_structural_tags_in_everybodys_names(gpt, fields, stream):
+    found, ended = Counter(), 0
+    for seed in range(6):
+        made = gpt.chat.completions.create(
+            model="m",
+            messages=HELLO,
+            max_tokens=250,
+            seed=seed,
+            n=4,
+            stream=stream,
+            extra_body=QUIET | fields,
+        )
+        texts, ends = Counter(), {}
+        for chunk in made if stream else [made]:
+            for choice in chunk.choices:
+                said = choice.delta if stream else choice.message
+                texts[choice.index] = (texts[choice.index] or "") + (said.content or "")
+                ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+        for index, end in ends.items():
+            if end == "stop":
+                found.update(tagged(texts[index]))
+                ended += 1
+    assert ended > 8 and set(found) == set(BEGINS), (ended, found)
+
+
+def test_structural_tags_of_each_prompt_and_of_tools(http, gpt):
+    forms = [{"structural_tag": json.dumps(TAGS)}, {"structural_tag": json.dumps({"format": FORMAT})}, {}]
+    params = [{"max_new_tokens": 250, "sampling_seed": 4, "n": 12} | form for form in forms]
+    answers = http.post("/generate", json={"text": ["hello"] * 3, "sampling_params": params}).json()
+    ended = [
+        answer["text"] for answer in answers[:24] if answer["meta_info"]["finish_reason"]["type"] == "stop"
+    ]
+    assert len(ended) > 8 and sum(map(len, map(tagged, ended))) > 8
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(openai.BadRequestError, match="response_format cannot bar parallel"):
+        gpt.chat.completions.create(
+            model="m",
+            messages=HELLO,
+            tools=[tool],
+            parallel_tool_calls=False,
+            extra_body={"response_format": TAGS},
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
     ("fields", "good"),
     [
         ({"guided_json": FILE}, lambda text: VALID.is_valid(json.loads(text))),
@@ -347,6 +444,7 @@ def test_ids_in_ids_out(http, talking):
 
 BAD = [
     ("regex", "("), ("regex", 5), ("regex", "a" * 70_000), ("ebnf", "root ::= ("), ("json_schema", "[]"),
+    ("structural_tag", "{"), ("structural_tag", TAGS | {"triggers": ["g"]}),
     ("json_schema", "{"), ("json_schema", {"type": "integer", "minimum": 2, "maximum": 1}),
 ]  # fmt: skip
 BAD_OPENAI = [
@@ -354,7 +452,8 @@ BAD_OPENAI = [
     ("response_format", wrapped({"type": "?"})), ("guided_choice", []), ("guided_choice", "a"), ("guided_json", "["),
     ("guided_regex", "(?=a)"),
     ("guided_grammar", "x"), ("structured_outputs", {"regex": "("}), ("structured_outputs", {"json": []}),
-    ("structured_outputs", {"structural_tag": "x"}), ("structured_outputs", {"grammar": "root ::= root"}),
+    ("structured_outputs", {"structural_tag": "x"}),
+    ("response_format", {"type": "structural_tag"}),  ("structured_outputs", {"grammar": "root ::= root"}),
     ("structured_outputs", {"json": {}, "regex": "a"}), ("structured_outputs", {"disable_additional_properties": True}),
 ]  # fmt: skip
 

@@ -7,7 +7,6 @@ from running import Running
 CHAT = {"messages": HELLO, "max_tokens": 1}
 TEXT = {"prompt": "a", "max_tokens": 1}
 SAMPLING = [
-    ("structural_tag", {"type": "structural_tag"}, [None]),
     ("stop_regex", "a+", [None, "", []]),
     ("stop_regex", ["a+"], []),
     ("custom_logit_processor", "x", [None]),

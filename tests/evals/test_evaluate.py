@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fullarc.chat import Message, Tokenizer, render
+from fullarc.chat.grammar import json_grammar
 from fullarc.config.files import atomic_dir
 from fullarc.config.recipe import load_recipe
 from fullarc.config.stages import EvalSettings, SandboxSettings
@@ -18,6 +19,7 @@ from fullarc.evals import episodes, language, stage
 from fullarc.evals.cli import main
 from fullarc.evals.scores import Scores
 from fullarc.model import GlmMoeDsa, load_model, save_model
+from fullarc.rollout.engine_client import EngineError, Sampling
 from fullarc.rollout.episodes import Limits
 from fullarc.rollout.trajectory import Outcome, Trajectory, read_trajectories
 from fullarc.tasks import get, instance_seed
@@ -139,6 +141,12 @@ def test_the_oracle_of_a_family_scores_one_and_silence_zero(
         assert (episode.outcome.kind, episode.outcome.value) == ("reward", reward)
         assert not episode.format_errors and episode.instance_seed % 2 == 1
     assert seen[0] == seen[1], "every checkpoint is asked with the same seed"
+
+
+async def test_what_would_not_be_followed_is_refused(engine: Engine) -> None:
+    for sampling in (Sampling(3, form=json_grammar({}, "response_format")), Sampling(3, stop=("a",))):
+        with pytest.raises(EngineError, match="no forms and no stop strings"):
+            await episodes.LocalEngine(engine).generate([1, 2], sampling)
 
 
 def sampled(found: list[Trajectory]) -> list[tuple[list[int], list[float], Outcome]]:

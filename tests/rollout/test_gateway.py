@@ -192,7 +192,7 @@ JSON = st.recursive(
 FIELDS = [
     "messages", "model", "tools", "tool_choice", "stream", "stream_options", "max_tokens", "temperature",
     "top_p", "seed", "n", "logprobs", "stop", "chat_template_kwargs", "return_token_ids",
-    "max_completion_tokens",
+    "max_completion_tokens", "response_format", "structural_tag", "structured_outputs", "guided_json", "regex",
 ]  # fmt: skip
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "tool", "system", "x"])},

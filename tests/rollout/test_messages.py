@@ -116,10 +116,10 @@ def test_what_a_session_cannot_do_is_refused_in_anthropics_form(
     for change, says in (
         ({"messages": []}, "messages is empty"), ({"tool_choice": {"type": "any"}}, "auto or none"),
         ({"tool_choice": {"type": "tool", "name": "shell"}}, "auto or none"),
-        ({"stop_sequences": ["x"]}, "stop_sequences"), ({"thinking": {"type": "maybe"}}, "thinking"),
+        ({"stop_sequences": [5]}, "stop_sequences"), ({"thinking": {"type": "maybe"}}, "thinking"),
         ({"extra_body": {"top_k": 5}}, "top_k"), ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"temperature": 1.5}}, "temperature"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "output_config"),
         ({"messages": [{"role": "user", "content": "12 " * 900}]}, "900"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "text blocks"),
     ):  # fmt: skip
@@ -144,7 +144,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["messages", "system", "tools", "tool_choice", "thinking", "max_tokens", "temperature", "top_p", "top_k",
-          "stream", "stop_sequences", "seed", "model"]  # fmt: skip
+          "stream", "stop_sequences", "seed", "model", "output_config"]  # fmt: skip
 BLOCK = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
     optional={

@@ -110,8 +110,8 @@ def test_only_requests_without_a_session_are_handed_on(
     web: httpx.Client, base: str, upstream: Upstream
 ) -> None:
     for path in ("/v1/chat/completions", "/v1/messages"):
-        assert web.post(path, json={"stop": ["x"]}).json()["bytes"] == 14
-        refused = web.post(path, json={"stop": ["x"]}, headers={"X-Session-ID": "a"})
+        assert web.post(path, json={"top_k": ["x"]}).json()["bytes"] == 15
+        refused = web.post(path, json={"top_k": ["x"]}, headers={"X-Session-ID": "a"})
         assert refused.status_code == 400 and len(upstream.seen) == (1 if "chat" in path else 2)
     for path, status in (("/echo", 401), ("/", 404)):  # the page needs no key, and this engine has none
         assert httpx.get(base + path, trust_env=False).status_code == status

@@ -5,7 +5,8 @@ tokenizer.py  byte-level BPE; text can not forge special ids
 render.py     messages -> ids and loss mask, in GLM-5's wire format
 parse.py      sampled ids -> reasoning, content, tool calls, format errors
 template.py   the same format as a Jinja template, for other people's servers
-forced.py     turns that must call a tool; grammar.py: turns that must follow a form
+forced.py     turns that must call a tool; grammar.py: turns that must follow a form; tags.py: tags in free text
+forms.py      the forms of a request in everybody's names
 """
 
 from fullarc.chat.messages import LossSpan, Message, ToolCall

@@ -42,12 +42,6 @@ def output_format(output_config: Any) -> Any:
     return (output_config or {}).get("format")
 
 
-def refuse_format(output_config: Any) -> None:
-    """Raise BadRequest where a form is asked for."""
-    if output_format(output_config):
-        raise BadRequest("output_config.format is not supported.", "output_config")
-
-
 def read_tool_use(tools: Any, choice: Any) -> ToolUse:
     """`tools` and `tool_choice`."""
     kind = (choice or {}).get("type", "auto") if isinstance(choice, dict | None) else None

@@ -3,7 +3,9 @@ them."""
 
 from typing import Any
 
-from fullarc.chat.openai import error_body
+from pydantic import ValidationError
+
+from fullarc.chat.openai import BadRequest, error_body
 
 KINDS = {
     401: "authentication_error",
@@ -23,3 +25,10 @@ def error_object(
     if path.startswith("/v1/messages"):
         return {"type": "error", "error": {"type": kind, "message": message}}
     return error_body(message, param, code or str(status), kind)
+
+
+def refusal(error: ValidationError) -> BadRequest:
+    """The first problem of a body in one sentence."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    places = [str(part)[:200] for part in first["loc"]]
+    return BadRequest(f"{'.'.join(places)[:200] or 'body'}: {first['msg']}.", places[0] if places else None)

@@ -197,6 +197,15 @@ def text_ids(tok: Tokenizer) -> frozenset[int]:
     return frozenset(i for i in range(tok.vocab_size) if tok.token_bytes(i)) - tok.special_ids
 
 
+def bits(ids: Iterable[int]) -> int:
+    """Ids as a number that has a bit for each."""
+    data = bytearray()
+    for i in ids:
+        data.extend(bytes(max(0, i // 8 + 1 - len(data))))
+        data[i // 8] |= 1 << i % 8
+    return int.from_bytes(data, "little")
+
+
 @lru_cache(maxsize=4)
 def _numerals(tok: Tokenizer) -> tuple[tuple[int, str], ...]:
     """The ids of which numbers consist, and what they say."""

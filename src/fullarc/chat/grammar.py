@@ -1,9 +1,9 @@
-"""Output that must follow a form: a JSON schema, a regular expression or a grammar, token by token.
+"""Output that must follow a form: a JSON schema, a regular expression, a grammar or structural tags, token by token.
 
 llguidance (compiled code) says which tokens keep the text a beginning of one that the form allows; it works on bytes,
 so half a character is no exception. Here are its borders: a form is compiled once and kept; special tokens never belong
-to it; the turn may end where the form is complete, and only there; a turn that begins inside its thoughts thinks freely
-first; and one that may call tools may do so instead.
+to it, but for structural tags (`tags`); the turn may end where the form is complete, and only there; a turn that begins
+inside its thoughts thinks freely first; and one that may call tools may do so instead, or between structural tags.
 
 Invariants: what ended by itself follows the form; whatever a client sends ends as a guide or as a `BadRequest` that
 names the parameter; compiling and each step are bounded by `_limits`.
@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fullarc.chat import special as S
 from fullarc.chat.ebnf import to_lark
-from fullarc.chat.forced import CallGuide, text_ids
+from fullarc.chat.forced import CallGuide, bits, text_ids
 from fullarc.chat.openai import BadRequest
+from fullarc.chat.tags import TagMatcher, read_tags, tags_to_lark
 from fullarc.chat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    Matcher = LLMatcher | TagMatcher
 
 MAX_TEXT = 2**16
 KEPT = 64
@@ -38,24 +41,19 @@ _OPTIONS = '%llguidance {"no_forcing": true}'
 class Grammar:
     """A form as its text; `name` is the parameter that it came in."""
 
-    kind: Literal["json_schema", "regex", "ebnf"]
+    kind: Literal["json_schema", "regex", "ebnf", "structural_tag"]
     text: str
     name: str = field(compare=False)
 
 
 def json_grammar(schema: Any, name: str, **options: Any) -> Grammar:
     """The form of a JSON schema, given as an object or as its text; `options` as in llguidance's `x-guidance`."""
-    if isinstance(schema, str):
-        _check_length(schema, name)
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"{name} is not JSON ({error}).", name) from None
-    if not isinstance(schema, dict):
-        raise BadRequest(f"{name} must be a JSON schema: an object.", name)
-    own = schema.get("x-guidance")
-    told = {"whitespace_pattern": SPACE} | options | (own if isinstance(own, dict) else {})
-    return Grammar("json_schema", json.dumps(schema | {"x-guidance": told}), name)
+    return Grammar("json_schema", _dumped(_schema(schema, name, **options), name), name)
+
+
+def tags_grammar(given: Any, name: str) -> Grammar:
+    """The form of structural tags, given as an object or as its text."""
+    return Grammar("structural_tag", _dumped(read_tags(_decoded(given, name), name, _schema), name), name)
 
 
 def choice_grammar(choices: Sequence[str], name: str) -> Grammar:
@@ -73,8 +71,10 @@ def read_format(given: Any, name: str) -> Grammar | None:
         return None
     if kind == "json_object":
         return json_grammar({"type": "object"}, name)
+    if kind == "structural_tag":
+        return tags_grammar(given, name)
     if kind != "json_schema":
-        raise BadRequest(f"{name}.type must be text, json_object or json_schema.", name)
+        raise BadRequest(f"{name}.type must be text, json_object, json_schema or structural_tag.", name)
     wrapped = given.get("json_schema", given)
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
     if not isinstance(schema, dict):
@@ -90,9 +90,9 @@ class Grammars:
 
     def __init__(self, tok: Tokenizer) -> None:
         self._tok, self._lock, self._compiling = tok, threading.Lock(), threading.Lock()
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
         self._vocabulary: LLTokenizer | None = None
-        self._texts = _bits(text_ids(tok))
+        self._texts, self._special = bits(text_ids(tok)), bits(tok.special_ids)
 
     def guide(
         self, grammar: Grammar, ends: Iterable[int], thinking: bool, instead: CallGuide | None = None
@@ -108,9 +108,15 @@ class Grammars:
         if matcher is None:
             with self._compiling:  # where somebody else has compiled it meanwhile it is there now
                 matcher = self._copy(grammar) or self._keep(grammar, self._compile(grammar))
-        return GrammarGuide(self._tok, matcher, self._texts, ends, thinking, instead)
+        if grammar.kind == "structural_tag":  # calls are part of its free text
+            instead = None
+        return GrammarGuide(self._tok, matcher, self._alphabet(grammar), ends, thinking, instead)
 
-    def _copy(self, grammar: Grammar) -> "LLMatcher | None":
+    def _alphabet(self, grammar: Grammar) -> int:
+        """The tokens that a form may have."""
+        return self._texts | (self._special if grammar.kind == "structural_tag" else 0)
+
+    def _copy(self, grammar: Grammar) -> "Matcher | None":
         """A copy of one that is kept, the latest one now."""
         with self._lock:
             if grammar not in self._compiled:
@@ -118,7 +124,7 @@ class Grammars:
             self._compiled.move_to_end(grammar)
             return self._compiled[grammar].deep_copy()
 
-    def _keep(self, grammar: Grammar, matcher: "LLMatcher") -> "LLMatcher":
+    def _keep(self, grammar: Grammar, matcher: "Matcher") -> "Matcher":
         """Keep it; a copy of it."""
         with self._lock:
             self._compiled[grammar] = matcher
@@ -126,21 +132,23 @@ class Grammars:
                 self._compiled.popitem(last=False)
             return matcher.deep_copy()
 
-    def _compile(self, grammar: Grammar) -> "LLMatcher":
+    def _compile(self, grammar: Grammar) -> "Matcher":
         from llguidance import LLMatcher
 
         _check_length(grammar.text, grammar.name)
         self._vocabulary = self._vocabulary or _vocabulary(self._tok)
         try:
-            lark = f"{_lark(grammar)}\n{_OPTIONS}"
+            lark = f"{_lark(grammar, self._tok)}\n{_OPTIONS}"
             matcher = LLMatcher(self._vocabulary, lark, log_level=0, limits=_limits())
         except (ValueError, OverflowError) as error:
             raise BadRequest(f"{grammar.name}: {error}.", grammar.name) from None
         first = matcher.compute_bitmask() if not matcher.is_error() else b""
         if matcher.is_error():
             raise BadRequest(f"{grammar.name}: {_problem(matcher.get_error())}", grammar.name)
-        if not int.from_bytes(first, "little") & self._texts and not matcher.is_accepting():
+        if not int.from_bytes(first, "little") & self._alphabet(grammar) and not matcher.is_accepting():
             raise BadRequest(f"{grammar.name}: no text at all can follow this.", grammar.name)
+        if grammar.kind == "structural_tag":
+            return TagMatcher(matcher, grammar.text, self._tok)
         return matcher
 
 
@@ -148,11 +156,11 @@ class GrammarGuide:
     """Says which tokens may come next, as a bit for each id; none where the form grew too complex to follow."""
 
     def __init__(
-        self, tok: Tokenizer, matcher: "LLMatcher", texts: int, ends: Iterable[int], thinking: bool,
+        self, tok: Tokenizer, matcher: "Matcher", texts: int, ends: Iterable[int], thinking: bool,
         instead: CallGuide | None,
     ) -> None:  # fmt: skip
         self._matcher, self._thinking, self._instead = matcher, thinking, instead
-        self._ends = _bits(ends)
+        self._ends = bits(ends)
         self._texts = texts & ~self._ends
         self._end_think, self._call = tok.id(S.END_THINK), tok.id(S.TOOL_CALL)
         self._calling = self._over = False
@@ -179,14 +187,14 @@ class GrammarGuide:
 
     def _next(self) -> bytes:
         if self._thinking:
-            bits = self._texts | 1 << self._end_think
+            ids = self._texts | 1 << self._end_think
         elif self._over:
-            bits = self._ends
+            ids = self._ends
         else:
-            bits = int.from_bytes(self._matcher.compute_bitmask(), "little") & self._texts
-            bits |= self._ends if self._matcher.is_accepting() else 0
-            bits |= 1 << self._call if self._instead else 0
-        return bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+            ids = int.from_bytes(self._matcher.compute_bitmask(), "little") & self._texts
+            ids |= self._ends if self._matcher.is_accepting() else 0
+            ids |= 1 << self._call if self._instead else 0
+        return ids.to_bytes((ids.bit_length() + 7) // 8, "little")
 
 
 def opens_thought(tok: Tokenizer, prompt: Sequence[int]) -> bool:
@@ -195,22 +203,45 @@ def opens_thought(tok: Tokenizer, prompt: Sequence[int]) -> bool:
     return next((token for token in reversed(prompt) if token in borders), None) == tok.id(S.THINK)
 
 
+def _schema(given: Any, name: str, **options: Any) -> dict[str, Any]:
+    """A schema that says how its white space is bounded."""
+    schema = _decoded(given, name)
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{name} must be a JSON schema: an object.", name)
+    own = schema.get("x-guidance")
+    told = {"whitespace_pattern": SPACE} | options | (own if isinstance(own, dict) else {})
+    return schema | {"x-guidance": told}
+
+
+def _decoded(given: Any, name: str) -> Any:
+    """What a text says in JSON; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    _check_length(given, name)
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{name} is not JSON ({error}).", name) from None
+
+
+def _dumped(value: dict[str, Any], name: str) -> str:
+    """The JSON of a form."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise BadRequest(f"{name} nests too deep.", name) from None
+
+
 def _check_length(text: str, name: str) -> None:
     if len(text) > MAX_TEXT:
         raise BadRequest(f"{name} is longer than {MAX_TEXT} characters.", name)
 
 
-def _bits(ids: Iterable[int]) -> int:
-    data = bytearray()
-    for i in ids:
-        data.extend(bytes(max(0, i // 8 + 1 - len(data))))
-        data[i // 8] |= 1 << i % 8
-    return int.from_bytes(data, "little")
-
-
-def _lark(grammar: Grammar) -> str:
+def _lark(grammar: Grammar, tok: Tokenizer) -> str:
     from llguidance import regex_to_lark
 
+    if grammar.kind == "structural_tag":
+        return tags_to_lark(grammar.text, tok)
     if grammar.kind == "json_schema":
         return f"start: %json {grammar.text}"
     if grammar.kind == "regex":

@@ -6,7 +6,7 @@ unfinished turn is a prefix of what the finished one will say.
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fullarc.chat import special as S
 from fullarc.chat.messages import Message
@@ -40,6 +40,18 @@ def read_turn(
     for number, call in enumerate(message.tool_calls):
         call.id = f"{call_prefix}_{number}"
     return Turn(message, "length" if cut else "tool_calls" if message.tool_calls else "stop", errors)
+
+
+def stopped(turn: Turn, string: str = "") -> Turn:
+    """A turn that a stop of the client's own has ended, without the stop string."""
+    finish, message = turn.finish, turn.message
+    if finish == "length":
+        finish = "tool_calls" if message.tool_calls else "stop"
+    part = "content" if string in message.content else "reasoning"
+    text = getattr(message, part)
+    if string and string in text:
+        message = replace(message, **{part: text[: text.rindex(string)].rstrip()})
+    return Turn(message, finish, turn.format_errors)
 
 
 def _raw_content(tok: Tokenizer, ids: Sequence[int], thinking: bool) -> str:

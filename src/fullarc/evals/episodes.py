@@ -64,6 +64,8 @@ class LocalEngine(EngineClient):
         return True
 
     async def _one(self, ids: Sequence[int], sampling: Sampling) -> Completion:
+        if sampling.whole:
+            raise EngineError("rejected", "An evaluation follows no forms and no stop strings.")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._count += 1
         try:

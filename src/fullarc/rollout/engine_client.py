@@ -15,10 +15,11 @@ from typing import Any, Self
 
 import httpx
 
+from fullarc.chat.grammar import Grammar
 from fullarc.config.errors import FullarcError
 
 BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)
-MAX_RESUMES = 64
+MAX_RESUMES, MAX_RESTARTS = 64, 4
 POOLS = 32
 ROUTING_HEADER, SESSION_HEADER = "X-SMG-Routing-Key", "X-Session-ID"
 
@@ -27,23 +28,38 @@ class EngineError(FullarcError):
     """The engine could not do what was asked.
 
     `kind`: "unreachable" (no connection), "timeout", "busy" (429: its queue is full), "rejected" (other 4xx: our
-    request), "failed" (5xx), "protocol" (an answer that is not SGLang's). `retry_after`: what a busy engine said of it.
+    request), "failed" (5xx), "protocol" (an answer that is not SGLang's). `retry_after`: what a busy engine said of it;
+    `said`: the sentence of one that refuses.
     """
 
-    def __init__(self, kind: str, message: str, hint: str = "", retry_after: str = "") -> None:
+    def __init__(
+        self, kind: str, message: str, hint: str = "", retry_after: str = "", said: str = ""
+    ) -> None:
         super().__init__(message, hint)
-        self.kind, self.retry_after = kind, retry_after
+        self.kind, self.retry_after, self.said = kind, retry_after, said
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `seed` None leaves the choice of randomness to the engine; temperature 0 is greedy."""
+    """How to sample. `seed` None leaves the choice of randomness to the engine; temperature 0 is greedy.
+
+    `stop`: strings that end the reply. `form`: what it must follow; with `calls` it may call a tool instead (our
+    engine's, not SGLang's).
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: int | None = None
+    form: Grammar | None = None
+    calls: bool = False
+    stop: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether its replies are sampled in one go: no engine takes up a form or a stop string in its middle."""
+        return self.form is not None or bool(self.stop)
 
     def wire(self) -> dict[str, Any]:
         """SGLang's `sampling_params`."""
@@ -57,12 +73,21 @@ class Sampling:
         }
         if self.seed is not None:
             params["sampling_seed"] = self.seed
+        if self.stop:
+            params["stop"] = list(self.stop)
+        if self.form:
+            params[self.form.kind] = self.form.text
+            if self.calls and self.form.kind != "structural_tag":
+                params["tool_call_instead"] = True
         return params
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine sampled; the three lists are aligned. finish: "stop" | "length" | "abort"."""
+    """What the engine sampled; the three lists are aligned. finish: "stop" | "length" | "abort".
+
+    `matched`: the stop string that ended it, which its tokens contain.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -70,6 +95,7 @@ class Completion:
     finish: str
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    matched: str = ""
 
 
 class _Pools(httpx.AsyncBaseTransport):
@@ -186,11 +212,15 @@ class EngineClient:
     ) -> Completion:
         """Go on from where an abort (a weight update) left a completion of `ids`, until it stops or is full.
 
-        The tokens of the parts keep their own log-probs and weight versions.
+        The tokens of the parts keep their own log-probs and weight versions. What is sampled `whole` begins anew.
         """
-        for _ in range(MAX_RESUMES):
+        tries = MAX_RESTARTS if sampling.whole else MAX_RESUMES
+        for _ in range(tries):
             if done.finish != "abort":
                 return done
+            if sampling.whole:
+                [done] = await self.generate(ids, sampling, session)
+                continue
             room = sampling.max_new_tokens - len(done.token_ids)
             if room <= 0:
                 return replace(done, finish="length")
@@ -203,7 +233,7 @@ class EngineClient:
                 versions=done.versions + more.versions,
                 finish=more.finish,
             )
-        raise EngineError("failed", f"The engine aborted one reply {MAX_RESUMES} times.")
+        raise EngineError("failed", f"The engine aborted one reply {tries} times.")
 
     async def score(
         self, sequences: Sequence[Sequence[int]], session: str | None = None
@@ -332,7 +362,15 @@ def _status_error(url: str, response: httpx.Response) -> EngineError:
     status, text = response.status_code, response.content.decode(errors="replace")[:300]
     kind = "busy" if status == 429 else "rejected" if status < 500 else "failed"
     retry_after = response.headers.get("retry-after", "")
-    return EngineError(kind, f"{url} answered {status}: {text}", retry_after=retry_after)
+    return EngineError(kind, f"{url} answered {status}: {text}", "", retry_after, _said(response))
+
+
+def _said(response: httpx.Response) -> str:
+    """The sentence of an error object; "" if it is another answer."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _version(value: object) -> int:
@@ -347,7 +385,8 @@ def _completion(item: Any) -> Completion:
         versions = [_version(meta.get("weight_version", 0))] * len(pairs)
         for version, start, end in meta.get("weight_versions") or []:
             versions[start:end] = [_version(version)] * (min(end, len(pairs)) - start)
-        finish = (meta.get("finish_reason") or {}).get("type", "")
+        reason = meta.get("finish_reason") or {}
+        finish, matched = reason.get("type", ""), reason.get("matched")
         if len(item.get("output_ids") or pairs) != len(pairs):
             raise EngineError("protocol", "The engine sent a different number of tokens and log-probs.")
         return Completion(
@@ -357,6 +396,7 @@ def _completion(item: Any) -> Completion:
             finish,
             int(meta.get("prompt_tokens") or 0),
             int(meta.get("cached_tokens") or 0),
+            matched if isinstance(matched, str) else "",
         )
     except EngineError:
         raise

@@ -9,7 +9,7 @@ and weight versions for training. Without the header the request stands alone an
 
 With `passes` the engine's other routes are served too (`passing`) and /workers lists the engines (`workers`), and with
 "all" also chats that stand alone are the engine's: our own engine does more of both dialects than is recorded here,
-such as stop strings and forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
+such as forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
 with the error object of its dialect, an engine whose queue is full a 429, streamed or not; 5xx means that the engine
 failed.
 """
@@ -17,7 +17,8 @@ failed.
 import hmac
 import ipaddress
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fullarc.chat import Message, Tokenizer, render, render_delta
 from fullarc.chat.errors import OPEN_PATHS, error_object
+from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import BadRequest, dump
 from fullarc.chat.render import Tools
 from fullarc.config.seeds import derive
@@ -162,10 +164,13 @@ class Gateway:
             stream = dialect.stream(self.tok, request, plan, name, self.model)
             sampling = self._sampling(request, plan, 0)
             grown = self.engine.stream(plan.prompt_ids, sampling, session_id)
-            first = await anext(grown, Completion([], [], [], "abort"))  # a refusal is a status and no event
+            with _blaming(request.form):  # a refusal is a status and no event
+                first = await anext(grown, Completion([], [], [], "abort"))
             chunks = self._stream(stream, plan, sampling, session_id, _all(first, grown), record)
             return StreamingResponse(chunks, headers=_versions(first), media_type="text/event-stream")
-        replies = [record(done) for done in await self._sample(request, plan, session_id)]
+        with _blaming(request.form):
+            completions = await self._sample(request, plan, session_id)
+        replies = [record(done) for done in completions]
         reply = _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
         reply.headers.update(_versions(replies[0].completion))
         return reply
@@ -193,7 +198,17 @@ class Gateway:
     def _sampling(self, request: ChatRequest, plan: Plan, choice: int) -> Sampling:
         room = min(request.max_tokens or self.default_max_tokens, self.max_len - len(plan.prompt_ids))
         seed = request.seed if choice == 0 or request.seed is None else derive(request.seed, "choice", choice)
-        return Sampling(room, request.temperature, request.top_p, self.tok.stop_ids, seed)
+        calls = request.tools is not None
+        return Sampling(
+            room,
+            request.temperature,
+            request.top_p,
+            self.tok.stop_ids,
+            seed,
+            request.form,
+            calls,
+            request.stop,
+        )
 
     async def _sample(self, request: ChatRequest, plan: Plan, session_id: str | None) -> list[Completion]:
         samplings = [self._sampling(request, plan, choice) for choice in range(request.n)]
@@ -217,7 +232,8 @@ class Gateway:
     ) -> Reply:
         place = f"{session.next_id()}" if session_id is not None else f"{number}_{session.next_id()}"
         reply = wire.read_completion(self.tok, done, request.thinking, request.tools, f"call_{place}")
-        session.record(node, done, reply.message, reply.finish, reply.format_errors)
+        guided = request.form is not None
+        session.record(node, done, reply.message, reply.finish, reply.format_errors, guided)
         return reply
 
     async def _stream(
@@ -235,6 +251,8 @@ class Gateway:
                 if not done.finish:
                     for chunk in stream.grow(done):
                         yield chunk
+            if sampling.whole and done.finish == "abort" and done.token_ids:
+                raise EngineError("failed", "The engine aborted a reply that it cannot take up; ask again.")
             done = await self.engine.finish(plan.prompt_ids, sampling, done, session_id)
         except EngineError as error:
             yield stream.error(str(error))
@@ -283,6 +301,17 @@ class Gateway:
             model=self.model,
             meta={"forks": dict(session.forks)},
         )
+
+
+@contextmanager
+def _blaming(form: Grammar | None) -> Iterator[None]:
+    """What the engine says against a form is the client's own mistake."""
+    try:
+        yield
+    except EngineError as error:
+        if form is None or error.kind != "rejected" or not error.said.startswith(form.kind):
+            raise
+        raise BadRequest(error.said.replace(form.kind, form.name, 1), form.name) from None
 
 
 async def _all(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:

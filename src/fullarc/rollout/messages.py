@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from fullarc.chat import Tokenizer, anthropic
+from fullarc.chat.grammar import read_format
 from fullarc.chat.openai import BadRequest, dump, flag, number
-from fullarc.chat.turns import partial_text
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
-from fullarc.rollout.wire import SEED_MASK, ChatRequest, Reply
+from fullarc.rollout.wire import SEED_MASK, ChatRequest, Reply, certain_text, read_stop
 
 # Parameters that would change sampling and that we do not have, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"stop_sequences": (None, []), "top_k": (None, 0, -1)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (None, 0, -1)}
 
 
 def read_request(body: Any) -> ChatRequest:
@@ -24,7 +24,6 @@ def read_request(body: Any) -> ChatRequest:
     for name, neutral in _NEUTRAL.items():
         if not any(body.get(name) == value for value in neutral):
             raise BadRequest(f"'{name}' is not supported in a session.", name, "unsupported_parameter")
-    anthropic.refuse_format(body.get("output_config"))
     use = anthropic.read_tool_use(body.get("tools"), body.get("tool_choice"))
     if use.forced is not None or not use.several:
         raise BadRequest(
@@ -54,6 +53,8 @@ def read_request(body: Any) -> ChatRequest:
         n=1,
         logprobs=False,
         return_token_ids=False,
+        form=read_format(anthropic.output_format(body.get("output_config")), "output_config.format"),
+        stop=read_stop(body.get("stop_sequences"), "stop_sequences"),
     )
 
 
@@ -63,7 +64,7 @@ def reply_json(
     """The finished message."""
     [reply] = replies
     head = anthropic.message_head(name, model, _usage(plan, reply.completion))
-    return head | {"content": anthropic.content_blocks(reply.message), "stop_reason": _stop_reason(reply)}
+    return head | {"content": anthropic.content_blocks(reply.message)} | _end(reply)
 
 
 class MessageStream:
@@ -80,15 +81,14 @@ class MessageStream:
 
     def grow(self, done: Completion) -> Iterator[bytes]:
         """Events for the text that is certain by now."""
-        yield from map(
-            _event, self._blocks.grow(*partial_text(self._tok, done.token_ids, self._request.thinking))
-        )
+        yield from map(_event, self._blocks.grow(*certain_text(self._tok, self._request, done)))
 
     def end(self, reply: Reply) -> Iterator[bytes]:
         """The rest of the message and its end."""
         yield from map(_event, self._blocks.end(reply.message))
-        delta = {"stop_reason": _stop_reason(reply), "stop_sequence": None}
-        yield _event({"type": "message_delta", "delta": delta, "usage": _usage(self._plan, reply.completion)})
+        yield _event(
+            {"type": "message_delta", "delta": _end(reply), "usage": _usage(self._plan, reply.completion)}
+        )
         yield _event({"type": "message_stop"})
 
     def error(self, text: str) -> bytes:
@@ -96,8 +96,12 @@ class MessageStream:
         return _event({"type": "error", "error": {"type": "api_error", "message": text}})
 
 
-def _stop_reason(reply: Reply) -> str:
-    return anthropic.STOP_REASONS[reply.finish]
+def _end(reply: Reply) -> dict[str, str | None]:
+    own = reply.completion.matched or None
+    return {
+        "stop_reason": "stop_sequence" if own else anthropic.STOP_REASONS[reply.finish],
+        "stop_sequence": own,
+    }
 
 
 def _usage(plan: Plan, completion: Completion) -> dict[str, int]:

@@ -62,6 +62,7 @@ class Node:
     completion: Completion | None = None
     format_errors: list[str] = field(default_factory=list)
     finish: str = ""
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,12 @@ class Session:
         message: Message,
         finish: str,
         format_errors: Sequence[str] = (),
+        guided: bool = False,
     ) -> int:
-        """Add what the engine sampled after node `prompt`, with the message that the client is given for it."""
+        """Add what the engine sampled after node `prompt`, with the message that the client is given for it.
+
+        `guided`: whether a form narrowed what could be sampled.
+        """
         assert self.nodes[prompt].kind != "model", "a completion follows a prompt"
         node = Node(
             prompt,
@@ -146,6 +151,7 @@ class Session:
             completion=completion,
             format_errors=list(format_errors),
             finish=finish,
+            guided=guided,
         )
         self.nodes.append(node)
         return len(self.nodes) - 1
@@ -180,6 +186,7 @@ class Session:
                     format_errors=list(node.format_errors),
                     fork=prompt.fork,
                     cached_tokens=node.completion.cached_tokens,
+                    guided=node.guided,
                 )
             )
         return turns

@@ -9,7 +9,6 @@ from typing import Any
 
 from fullarc.chat import Tokenizer
 from fullarc.chat.openai import dump, error_body
-from fullarc.chat.turns import partial_text
 from fullarc.rollout import wire
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Plan
@@ -34,7 +33,7 @@ class Stream:
 
     def grow(self, done: Completion) -> Iterator[bytes]:
         """Chunks for the text that is certain by now."""
-        reasoning, content = partial_text(self._tok, done.token_ids, self._request.thinking)
+        reasoning, content = wire.certain_text(self._tok, self._request, done)
         delta = self._delta("reasoning_content", reasoning) | self._delta("content", content)
         if delta:
             yield self._chunk(delta, done, None)

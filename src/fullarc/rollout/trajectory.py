@@ -5,7 +5,7 @@ it sampled, with log-probs and weight versions; nothing is ever re-tokenised. On
 per line (Harbor's interchange format); what ATIF has no field for lies in `extra`. `Trajectory.samples` is the flat
 training view.
 
-Invariant: over all samples of a trajectory every sampled token has loss 1 exactly once.
+Invariant: over all samples of a trajectory every sampled token has loss 1 exactly once, one of a guided turn never.
 """
 
 import json
@@ -54,7 +54,8 @@ class Turn:
     `parent` is the index of the turn this one continues (-1 = a fresh prompt); `new_messages` are the OpenAI messages
     since the parent's reply (the whole history for a fresh prompt). `prompt_ids` starts with the parent's
     `prompt_ids + completion_ids`. `logprobs` and `versions` (weight version) run along `completion_ids`.
-    `fork` says why a fresh prompt was needed although the session already had one.
+    `fork` says why a fresh prompt was needed although the session already had one. `guided`: the reply had to follow a
+    form, so it was not drawn from the distribution that `logprobs` tells of.
     """
 
     parent: int
@@ -68,13 +69,14 @@ class Turn:
     format_errors: list[str] = field(default_factory=list)
     fork: str = ""
     cached_tokens: int = 0
+    guided: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row of training data; the four lists are aligned.
 
-    `loss_mask` 1 = sampled by the engine and trained here; elsewhere `logprobs` is 0.0 and `versions` is -1.
+    `loss_mask` 1 = sampled by the engine (not guided) and trained here; elsewhere `logprobs` is 0.0 and `versions` -1.
     """
 
     ids: list[int]
@@ -131,7 +133,7 @@ class Trajectory:
         return path[::-1]
 
     def samples(self) -> list[Sample]:
-        """Root-to-leaf token rows; a turn shared by several rows is trained in the first one only."""
+        """Root-to-leaf token rows; a turn that several share is trained in the first only, a guided one nowhere."""
         parents = {turn.parent for turn in self.turns}
         done: set[int] = set()
         rows = []
@@ -149,6 +151,8 @@ class Trajectory:
                 assert ids[:end] == turn.prompt_ids + turn.completion_ids, (
                     "a turn must extend its parent's tokens"
                 )
+                if turn.guided:
+                    continue
                 mask[start:end] = [1] * (end - start)
                 logprobs[start:end] = turn.logprobs
                 versions[start:end] = turn.versions
@@ -273,6 +277,7 @@ def _agent_step(index: int, turn: Turn) -> dict[str, Any]:
         "finish_reason": turn.finish,
         "format_errors": turn.format_errors,
         "fork": turn.fork,
+        "guided": turn.guided,
     }
     metrics = {
         "prompt_tokens": len(turn.prompt_ids),
@@ -307,6 +312,7 @@ def _turn(step: dict[str, Any]) -> Turn:
         format_errors=extra["format_errors"],
         fork=extra["fork"],
         cached_tokens=metrics["cached_tokens"],
+        guided=extra.get("guided", False),
     )
 
 

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullarc.chat import Message, Tokenizer
+from fullarc.chat.forms import read_form
+from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import BadRequest, flag, message_json, number, read_messages, read_tools
 from fullarc.chat.render import Tools
-from fullarc.chat.turns import read_turn
+from fullarc.chat.turns import partial_text, read_turn, stopped
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
 
 SEED_MASK = 2**63 - 1
 # Parameters that would change sampling and that we do not have, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stop": (None, [], ""),
     "logit_bias": (None, {}),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "top_logprobs": (None, 0),
     "functions": (None, []),
     "function_call": (None,),
-    "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "auto", "none"),
 }
 
@@ -47,6 +47,8 @@ class ChatRequest:
     n: int
     logprobs: bool
     return_token_ids: bool
+    form: Grammar | None
+    stop: tuple[str, ...]
 
 
 def read_request(body: Any) -> ChatRequest:
@@ -79,10 +81,21 @@ def read_request(body: Any) -> ChatRequest:
         n=number(body, "n", 1, 1, 64, whole=True),
         logprobs=flag(body, "logprobs", False),
         return_token_ids=flag(body, "return_token_ids", False),
+        form=read_form(body),
+        stop=read_stop(body.get("stop"), "stop"),
     )
     if request.stream and request.n > 1:
         raise BadRequest("'n' must be 1 with 'stream'.", "n")
     return request
+
+
+def read_stop(given: Any, name: str) -> tuple[str, ...]:
+    """Strings that end a reply."""
+    strings = [given] if isinstance(given, str) else [] if given is None else given
+    good = isinstance(strings, list) and all(isinstance(text, str) for text in strings)
+    if not good or any("\ud800" <= char <= "\udfff" for text in strings for char in text):
+        raise BadRequest(f"'{name}' must be a string or a list of strings.", name)
+    return tuple(text for text in strings if text)
 
 
 def _incoming(messages: Any) -> list[Incoming]:
@@ -113,7 +126,18 @@ def read_completion(
 ) -> Reply:
     """Parse what was sampled. A malformed tool call makes the whole reply plain content with a format error."""
     turn = read_turn(tok, completion.token_ids, thinking, tools, call_prefix)
+    if completion.finish == "stop":
+        turn = stopped(turn, completion.matched)
     return Reply(turn.message, turn.finish, turn.format_errors, completion)
+
+
+def certain_text(tok: Tokenizer, request: ChatRequest, completion: Completion) -> tuple[str, str]:
+    """(reasoning, content) that can be shown of an unfinished reply: nothing that may be part of a stop string."""
+    reasoning, content = partial_text(tok, completion.token_ids, request.thinking)
+    held = max(map(len, request.stop), default=1) - 1
+    if content:
+        return reasoning, content[: max(0, len(content) - held)]
+    return reasoning[: max(0, len(reasoning) - held)], ""
 
 
 def completion_json(

@@ -3,7 +3,7 @@
 service.py    requests in, answers and streams out: the only bridge between event loop and engine thread
 guard.py      bodies, errors, keys, the list of routes
 fields.py     sampling parameters in everybody's names
-grammars.py   forms of the output in everybody's names
+grammars.py   forms that the output must follow
 text.py       what sampled tokens say, as they come
 choices.py    routed experts, indexer sets and sampling supports in everybody's forms
 sglang.py     /generate                          control.py   pause, abort, flush, health, information

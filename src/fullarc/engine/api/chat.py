@@ -5,6 +5,7 @@ add up to the message that the same request gets without streaming.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from fullarc.chat.openai import (
     read_tools,
 )
 from fullarc.chat.special import END_THINK
-from fullarc.chat.turns import GrowingTurn, Turn, read_turn
+from fullarc.chat.turns import GrowingTurn, Turn, read_turn, stopped
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
@@ -93,6 +94,8 @@ class Conversation:
     ) -> None:  # fmt: skip
         if grammar and forced:
             raise BadRequest(f"{grammar.name} and a forced tool_choice contradict each other.", grammar.name)
+        if grammar and grammar.kind == "structural_tag" and tools and not several:
+            raise BadRequest(f"{grammar.name} cannot bar parallel tool calls.", grammar.name)
         self.service, self.tok = service, service.text
         self.tools, self.thinking = tools, thinking
         if ids is None:
@@ -157,18 +160,10 @@ class Conversation:
         request = self.requests[index]
         call_prefix = f"call_{self.name.rsplit('-', 1)[-1]}_{index}"
         turn = read_turn(self.tok, request.output, self.thinking, self.tools, call_prefix)
-        finish = turn.finish
-        if request.finish == "stop" and finish == "length":  # a stop of the client's own
-            finish = "tool_calls" if turn.message.tool_calls else "stop"
-        elif request.finish == "abort":
-            finish = "abort"
-        message = turn.message
-        if isinstance(request.matched, str) and not self.wire.no_stop_trim:
-            part = "content" if request.matched in message.content else "reasoning"
-            text = getattr(message, part)
-            if request.matched in text:
-                setattr(message, part, text[: text.rindex(request.matched)].rstrip())
-        return Turn(message, finish, turn.format_errors)
+        if request.finish == "stop":
+            trimmed = isinstance(request.matched, str) and not self.wire.no_stop_trim
+            return stopped(turn, str(request.matched) if trimmed else "")
+        return replace(turn, finish="abort") if request.finish == "abort" else turn
 
 
 class Growing:

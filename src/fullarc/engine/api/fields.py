@@ -8,9 +8,9 @@ about images, grammars or adapters in its neutral value, is accepted and without
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fullarc.engine.api.grammars import GrammarBody, OpenAIGrammarBody
+from fullarc.chat.forms import GrammarBody, OpenAIGrammarBody
 from fullarc.engine.api.service import Service
 from fullarc.engine.guide import Guide
 from fullarc.engine.request import Request, RequestError
@@ -52,6 +52,8 @@ class SamplingBody(GrammarBody):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    # not SGLang's: a turn may begin with a tool call instead of following the form
+    tool_call_instead: bool = False
     # what is told, not what is sampled
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -127,13 +129,6 @@ class OpenAISampling(OpenAIGrammarBody):
         return SamplingBody.model_construct(
             **{name: value for name, value in named.items() if value is not None or name not in neutral}
         )
-
-
-def explain(error: ValidationError) -> str:
-    """The first problem of a body in one sentence."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:200] or "body"
-    return f"{where}: {first['msg']}."
 
 
 def build(

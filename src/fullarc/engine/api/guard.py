@@ -18,10 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fullarc.chat.errors import OPEN_PATHS, error_object
+from fullarc.chat.errors import OPEN_PATHS, error_object, refusal
 from fullarc.chat.openai import BadRequest, dump, dump_in_parts
 from fullarc.config.errors import FullarcError
-from fullarc.engine.api.fields import explain
 from fullarc.engine.api.service import in_thread, version_header
 from fullarc.engine.request import QueueFullError, Request
 
@@ -83,7 +82,7 @@ async def read_body(http: HttpRequest, schema: type[T], limit: int = MAX_BODY) -
     try:
         return await aside(http, lambda: schema.model_validate_json(b"".join(parts) or b"{}"))
     except ValidationError as error:
-        raise BadRequest(explain(error), _param(error)) from None
+        raise refusal(error) from None
 
 
 async def aside(http: HttpRequest, function: Callable[[], R], slow: bool = False) -> R:
@@ -97,11 +96,6 @@ async def aside(http: HttpRequest, function: Callable[[], R], slow: bool = False
     if http.state.body_bytes <= LARGE:
         return function()
     return await asyncio.to_thread(function)
-
-
-def _param(error: ValidationError) -> str | None:
-    where = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-    return str(where[0])[:200] if where else None
 
 
 def _answering(

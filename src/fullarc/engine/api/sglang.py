@@ -5,12 +5,14 @@ are cumulative. Text is decoded where the folder has a tokenizer, and is "" wher
 """
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.chat.forced import CallGuide
 from fullarc.chat.openai import GrowingList, dump
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
@@ -116,7 +118,8 @@ class Plan:
             new = build(
                 service, prompt, wire, names, score_from=starts[number] if told else -1,
                 top=tops[number] if told else 0, logprob_ids=asked_of[number] if told else (), choices=choices,
-                support=bool(mask or wire.top_p_ids), guide=guiding(service, wire.grammar(), prompt),
+                support=bool(mask or wire.top_p_ids),
+                guide=guiding(service, wire.grammar(), prompt, partial(_instead, service, wire)),
             )  # fmt: skip
             for request in new:
                 request.priority = -(body.priority or 0)
@@ -137,6 +140,11 @@ class Plan:
         """All answers."""
         answers = [tell() for tell in self.tellers]
         return b"[" + b",".join(answers) + b"]" if self.batched else answers[0]
+
+
+def _instead(service: Service, wire: SamplingBody) -> CallGuide | None:
+    """Lets a turn begin with a call."""
+    return CallGuide(service.text, (), None, False, True) if wire.tool_call_instead else None
 
 
 def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], bool]:

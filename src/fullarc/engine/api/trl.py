@@ -15,10 +15,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.chat import render
+from fullarc.chat.errors import refusal
+from fullarc.chat.forms import Text
 from fullarc.chat.openai import BadRequest, flag, read_messages, read_tools
 from fullarc.engine.api.communicator import Communicator
-from fullarc.engine.api.fields import Count, Ids, SamplingBody, build, explain
-from fullarc.engine.api.grammars import Text, guiding
+from fullarc.engine.api.fields import Count, Ids, SamplingBody, build
+from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, built, read_body
 from fullarc.engine.api.tito import TitoSampling
 from fullarc.engine.api.transfer import Transfer
@@ -69,7 +71,7 @@ class SamplingFields(BaseModel):
                 self.model_dump(include={*names}) | form | self.generation_kwargs
             )
         except ValidationError as error:
-            raise BadRequest(explain(error)) from None
+            raise refusal(error) from None
 
 
 class PromptsBody(SamplingFields):
