@@ -1,0 +1,61 @@
+"""Steering the engine: its health under load, pauses that drain, and sleep."""
+
+import concurrent.futures
+import time
+
+import pytest
+from running import wait
+
+LONG = {"input_ids": list(range(1, 40)), "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+
+
+@pytest.fixture
+def crowd(http, server):
+    """Four requests run and twelve wait, step by slow step."""
+    scheduler = server.engine.scheduler
+    http.post("/slow_down", json={"forward_sleep_time": 0.25})
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(http.post, "/generate", json=LONG) for _ in range(16)]
+        wait(lambda: len(scheduler.running) == 4 and len(scheduler.waiting) == 12, 30)
+        yield scheduler
+        http.post("/slow_down", json={})
+        http.post("/abort_request", json={"abort_all": True})
+        assert all(future.result(30).status_code == 200 for future in futures)
+
+
+def test_health_is_told_by_the_steps_of_others_and_takes_nothing_from_them(http, crowd):
+    crowd.max_queue = 12
+    before = crowd.counters.requests, {*crowd.running}
+    begin = time.monotonic()
+    assert http.get("/health_generate", timeout=5).status_code == 200
+    assert time.monotonic() - begin < 3
+    assert (crowd.counters.requests, {*crowd.running}) == before and not crowd.counters.preempted
+
+
+def test_an_idle_engine_computes_a_token_whatever_its_queue_takes(http, server):
+    scheduler = server.engine.scheduler
+    assert (
+        http.post("/set_internal_state", json={"server_args": {"max_queued_requests": 0}}).status_code == 200
+    )
+    assert http.get("/health_generate").status_code == 200
+    assert scheduler.counters.generated_tokens == 1 and not scheduler.running
+
+
+def test_an_engine_is_not_healthy_when_a_step_has_failed_for_it(http, server):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    server.engine.scheduler.core.logits = fail
+    assert http.get("/health_generate").status_code == 503
+    assert http.get("/health").status_code == 503
+
+
+def test_an_engine_that_steps_no_more_is_not_healthy(http, server, monkeypatch):
+    monkeypatch.setattr("fullarc.engine.api.control.HEALTH_S", 0.3)
+    scheduler, stuck = server.engine.scheduler, concurrent.futures.Future()
+    scheduler.step = lambda: stuck.result(30)
+    assert http.get("/health_generate").status_code == 503
+    stuck.set_result(None)
+    del scheduler.step
+    wait(lambda: not scheduler.running and not scheduler.waiting)
+    assert http.get("/health_generate").status_code == 200
