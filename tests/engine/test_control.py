@@ -3,6 +3,7 @@
 import concurrent.futures
 import time
 
+import httpx
 import pytest
 from running import wait
 
@@ -59,3 +60,62 @@ def test_an_engine_that_steps_no_more_is_not_healthy(http, server, monkeypatch):
     del scheduler.step
     wait(lambda: not scheduler.running and not scheduler.waiting)
     assert http.get("/health_generate").status_code == 200
+
+
+@pytest.fixture
+def running(http, server):
+    """A request that runs, step by slow step, and one that waits."""
+    scheduler = server.engine.scheduler
+    scheduler.max_running = 1
+    server.slow_down(0.01)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(http.post, "/generate", json=LONG) for _ in range(2)]
+        wait(lambda: scheduler.running and scheduler.waiting)
+        yield futures
+        http.post("/resume")
+        assert [future.result(60).json()["meta_info"]["completion_tokens"] for future in futures] == [200] * 2
+
+
+def test_a_paused_engine_goes_on_until_what_runs_has_ended(http, server, running):
+    """vLLM's mode wait after its mode keep."""
+    scheduler = server.engine.scheduler
+    http.post("/pause?mode=keep")
+    assert len(scheduler.running) == 1
+    assert http.post("/pause?mode=wait", timeout=30).status_code == 200
+    assert scheduler.paused and not scheduler.running and len(scheduler.waiting) == 1
+
+
+@pytest.mark.parametrize(
+    "path, paused",
+    [
+        ("/resume", False),
+        ("/continue_generation", False),
+        ("/pause?mode=keep", True),
+        ("/pause?mode=abort", True),
+    ],
+)
+def test_another_call_ends_the_waiting_for_requests_to_end(http, server, path, paused):
+    scheduler = server.engine.scheduler
+    server.slow_down(0.03)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        request = pool.submit(http.post, "/generate", json=LONG)
+        wait(lambda: scheduler.running)
+        drain = pool.submit(http.post, "/pause?mode=wait")
+        wait(lambda: not scheduler.admitting)
+        http.post(path)
+        told = drain.result(3)
+        assert told.status_code == 400 and "Another call" in told.text
+        assert scheduler.paused is paused and scheduler.admitting
+        http.post("/abort_request", json={"abort_all": True})
+        assert request.result(10).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["", "keep"])
+def test_a_client_that_waits_no_longer_leaves_the_engine_as_it_was(http, server, running, mode):
+    scheduler = server.engine.scheduler
+    if mode:
+        http.post(f"/pause?mode={mode}")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + "/pause?mode=wait", timeout=0.3, trust_env=False)
+    wait(lambda: scheduler.admitting)
+    assert scheduler.paused is bool(mode) and scheduler.running

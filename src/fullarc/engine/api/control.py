@@ -70,11 +70,16 @@ class StateBody(BaseModel):
 
 def pause(scheduler: Scheduler, mode: str) -> None:
     """Stop stepping; running requests end (abort), wait to be computed anew (retract), or stay (in_place)."""
-    scheduler.paused = True
+    scheduler.paused = scheduler.admitting = True
     if mode == "abort":
         scheduler.abort(None)
     elif mode == "retract":
         scheduler.retract()
+
+
+def resume(scheduler: Scheduler) -> None:
+    """Go on stepping, and letting in."""
+    scheduler.paused, scheduler.admitting = False, True
 
 
 class Control:
@@ -116,7 +121,7 @@ class Control:
 
     async def resume(self, _http: HttpRequest) -> Response:
         """Go on generating."""
-        await self.service.on_engine(lambda s: setattr(s, "paused", False))
+        await self.service.on_engine(resume)
         return answer({"status": "ok", "message": "Generation continues."})
 
     async def abort(self, http: HttpRequest) -> Response:

@@ -142,7 +142,7 @@ class Service:
 
     async def finish(self, http: HttpRequest, watch: "Watch") -> None:
         """Wait for the last end; a client that hangs up frees its slots."""
-        gone = asyncio.ensure_future(_disconnected(http.receive))
+        gone = asyncio.ensure_future(disconnected(http.receive))
         try:
             done = asyncio.ensure_future(watch.changed())
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -232,7 +232,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         gone.add_done_callback(lambda _: self.watch.cancel())
         watchdog = asyncio.ensure_future(self._end_when_stalled(asyncio.current_task()))
         try:
@@ -296,7 +296,8 @@ def _in_turn(first: End | None, then: End) -> End:
     return both
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
