@@ -56,6 +56,7 @@ class Service:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
         grammars: the forms that outputs were asked to follow; None without a tokenizer.
         name: the model's name for clients.
+        origin: where the engine's first weights came from.
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
         strict: whether other names are refused (see `whose`).
@@ -70,7 +71,7 @@ class Service:
         experts: Literal["npy", "compact"] | None = None,
     ) -> None:
         self.worker = Worker(engine.scheduler, self._after_step)
-        self.model_path, self.started = str(model_path), time.time()
+        self.model_path, self.origin, self.started = str(model_path), engine.origin, time.time()
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         self.grammars = Grammars(self.tok) if self.tok else None
