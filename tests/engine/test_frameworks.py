@@ -286,6 +286,8 @@ def test_requests_are_aborted_by_name_or_all(http, server):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             future = pool.submit(post, http, "/generate", body | {"rid": "mine"})
             wait(lambda: server.engine.scheduler.running)
+            none = post(http, "/abort_requests", {"request_ids": []})
+            assert none == {"status": "aborted", "aborted": 0} and server.engine.scheduler.running
             assert post(http, "/abort_requests", names) == {"status": "aborted", "aborted": 1}
             assert future.result(30)["meta_info"]["finish_reason"]["type"] == "abort"
 

@@ -150,8 +150,9 @@ class Vllm:
         return answer({"is_paused": self.service.scheduler.paused})
 
     async def abort(self, http: HttpRequest) -> Response:
-        """End requests by their ids, or all where none is named, with what they have."""
-        names: Sequence[str | None] = (await read_body(http, AbortsBody)).request_ids or [None]
+        """End requests by their ids, or all where there is no list of them, with what they have."""
+        named = (await read_body(http, AbortsBody)).request_ids
+        names: Sequence[str | None] = [None] if named is None else named
         count = await self.service.on_engine(lambda s: sum(s.abort(name) for name in names))
         return answer({"status": "aborted", "aborted": count})
 
