@@ -119,3 +119,28 @@ def test_a_client_that_waits_no_longer_leaves_the_engine_as_it_was(http, server,
         httpx.post(server.url + "/pause?mode=wait", timeout=0.3, trust_env=False)
     wait(lambda: scheduler.admitting)
     assert scheduler.paused is bool(mode) and scheduler.running
+
+
+@pytest.mark.parametrize(
+    "off, tags, steps",
+    [
+        ("/release_memory_occupation", None, [["weights"], ["kv_cache", "cuda_graph"]]),
+        ("/release_memory_occupation", None, [["kv_cache"], ["cuda_graph"], ["weights"]]),
+        ("/release_memory_occupation", None, [None]),
+        ("/release_memory_occupation", ["kv_cache"], [["weights"], ["kv_cache"]]),
+        ("/sleep?level=1", None, [["weights"], ["kv_cache"]]),
+        ("/sleep?level=2", None, [[]]),
+    ],
+)
+def test_it_wakes_up_when_all_that_was_released_is_resumed(http, server, off, tags, steps):
+    """In the words of SGLang and of vLLM."""
+    scheduler = server.engine.scheduler
+    assert http.post(off, json={"tags": tags}).status_code == 200
+    for number, step in enumerate(steps, 1):
+        assert scheduler.paused and http.get("/is_sleeping").json() == {"is_sleeping": True}
+        if "sleep" in off:
+            assert http.post("/wake_up", params={"tags": step}).status_code == 200
+        else:
+            assert http.post("/resume_memory_occupation", json={"tags": step}).status_code == 200
+        assert scheduler.paused is (number < len(steps))
+    assert http.get("/is_sleeping").json() == {"is_sleeping": False}
