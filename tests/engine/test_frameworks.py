@@ -248,8 +248,9 @@ def test_memory_is_given_back_between_updates(http, server):
     long = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 230, "ignore_eos": True}}
     server.slow_down()
     for off, on in (
-        ("/release_memory_occupation", "/resume_memory_occupation"), ("/sleep?level=1", "/wake_up?tags=weights"),
-    ):  # fmt: skip
+        ("/release_memory_occupation", "/resume_memory_occupation"),
+        ("/sleep?level=1", "/wake_up?tags=weights&tags=kv_cache"),
+    ):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             future = pool.submit(post, http, "/generate", long)
             wait(lambda: s.running)
@@ -286,6 +287,8 @@ def test_requests_are_aborted_by_name_or_all(http, server):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             future = pool.submit(post, http, "/generate", body | {"rid": "mine"})
             wait(lambda: server.engine.scheduler.running)
+            none = post(http, "/abort_requests", {"request_ids": []})
+            assert none == {"status": "aborted", "aborted": 0} and server.engine.scheduler.running
             assert post(http, "/abort_requests", names) == {"status": "aborted", "aborted": 1}
             assert future.result(30)["meta_info"]["finish_reason"]["type"] == "abort"
 

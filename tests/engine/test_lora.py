@@ -268,7 +268,7 @@ def test_a_quantised_checkpoint_takes_no_adapter_and_no_tensor(checkpoints, tmp_
     assert floats.scheduler.version == "0"
     floats.unload_adapter("a")
     floats.update_weights(tmp_path / "q", "1")
-    staging = Staging(str(tmp_path / "q"), integers.scheduler.weights)
+    staging = Staging(integers.origin, integers.scheduler.weights)
     with pytest.raises(
         FullarcError, match="is quantised: .* no tensor can take another's place. Update from a whole"
     ):

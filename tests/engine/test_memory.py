@@ -17,7 +17,7 @@ from fullarc.config.model import ModelConfig
 from fullarc.engine import Engine
 from fullarc.engine.backend import forward_pass, prepare
 from fullarc.engine.core import Chunk
-from fullarc.engine.engine import load_weights, stored_tensors
+from fullarc.engine.engine import load_weights
 from fullarc.engine.native.library import library
 from fullarc.engine.native.memory import Arena
 from fullarc.engine.native.weights import pack
@@ -122,13 +122,13 @@ def test_without_drafts_it_serves_as_with_them(tmp_path, kernels, form):
     assert after == with_drafts.generate(**wanted)[0].token_ids != first
     assert not without.scheduler.weights.has_mtp
     if form == "plain":
-        adapter(tmp_path / "a", stored_tensors(folders[1]))
+        adapter(tmp_path / "a", without.origin.tensors("adapters"))
         for engine in (with_drafts, without):
             engine.load_adapter("a", tmp_path / "a")
         adapted = without.generate(**wanted, adapter="a")[0].token_ids
         assert adapted == with_drafts.generate(**wanted, adapter="a")[0].token_ids != after
         without.unload_adapter("a")
-        staging = Staging(str(folders[1]), without.scheduler.weights)
+        staging = Staging(without.origin, without.scheduler.weights)
         weights = staging.from_tensors(state_to_disk(load_model(folders[0])), "2")
         assert not weights.has_mtp and "model.layers.2.eh_proj.weight" in staging.tensors(
             "adapters", coming=True

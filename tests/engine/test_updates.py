@@ -4,15 +4,18 @@ import asyncio
 import base64
 import concurrent.futures
 import hashlib
+import os
 import pickle
+import shutil
 import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
-from running import wait
+from running import Running, wait
 from safetensors.torch import save
 
 from fullarc.config.errors import FullarcError
@@ -84,7 +87,9 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
     async def main():
         updates = Updates.__new__(Updates)
         updates.lock, updates._open = asyncio.Lock(), None
-        updates.staging = SimpleNamespace(from_tensors=lambda parts, _version: loaded.append(sorted(parts)))
+        updates.staging = SimpleNamespace(
+            from_tensors=lambda parts, _version: loaded.append(sorted(parts)), check=lambda _parts: None
+        )
 
         async def install(load, _version, _policy):
             async with updates.lock:
@@ -139,6 +144,100 @@ def test_a_part_alone_changes_only_itself_and_later_parts_build_on_it(http, tens
             mixed = logprobs(generate(http))
             assert mixed != fresh(checkpoints["v0"]) and mixed != fresh(checkpoints["v1"])
     assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+
+
+def updates_of(server):
+    return next(e.handler.__self__ for e in server.server.endpoints if e.path == "/begin_weight_update")
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("model.nothing", torch.zeros(2**20), "no tensor model.nothing"),
+        ("model.norm.weight", torch.zeros(2**20), "model.norm.weight has shape (1048576,)"),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.int64), "model.norm.weight is torch.int64"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_refused_when_it_comes_and_nothing_is_kept(
+    http, server, tensors, checkpoints, name, value, says
+):
+    http.post("/begin_weight_update")
+    for part, status, told in (
+        ({n: t for n, t in tensors.items() if n != name}, 200, "Kept"),
+        ({name: value}, 400, says),
+        ({"model.norm.weight": tensors["model.norm.weight"]}, 400, "A part of this update failed"),
+    ):
+        body = {"serialized_named_tensors": [encode(part)]}
+        answer = http.post("/update_weights_from_tensor", json=body)
+        assert answer.status_code == status and told in answer.json()["message"]
+        assert bool(updates_of(server)._open._parts) is (status == 200)
+    assert says in http.post("/end_weight_update", json={}).json()["message"]
+    after = generate(http)
+    assert logprobs(after) == fresh(checkpoints["v0"]) and after["meta_info"]["weight_version"] == "0"
+
+
+def test_an_update_without_tensors_is_none(http):
+    body = {"serialized_named_tensors": [encode({})]}
+    assert "no tensors" in http.post("/update_weights_from_tensor", json=body).json()["message"]
+    http.post("/begin_weight_update")
+    assert http.post("/update_weights_from_tensor", json=body).status_code == 200
+    assert http.post("/end_weight_update", json={}).status_code == 400
+    assert http.get("/model_info").json()["weight_version"] == "0"
+
+
+@pytest.fixture
+def own(request, checkpoints, tmp_path):
+    """A server of a copy of "v0", perhaps without files of some name."""
+    ignore = shutil.ignore_patterns(request.param)
+    shutil.copytree(checkpoints["v0"], tmp_path / "own", ignore=ignore)
+    running = Running(tmp_path / "own")
+    with httpx.Client(base_url=running.url, timeout=60, trust_env=False) as client:
+        yield running, client, tmp_path / "own", ignore
+    running.stop()
+
+
+@pytest.mark.parametrize("own", ["", "manifest.json"], indirect=True)
+@pytest.mark.parametrize("gone", [False, True])
+def test_parts_are_not_completed_from_a_folder_that_holds_something_else_by_now(
+    own, tensors, checkpoints, gone
+):
+    """It is replaced, or deleted: what needs it is refused, and all tensors do not need it."""
+    running, http, folder, ignore = own
+    shutil.rmtree(folder)
+    if not gone:
+        shutil.copytree(checkpoints["v1"], folder, ignore=ignore)
+    one = {"model.norm.weight": tensors["model.norm.weight"]}
+    says = f"{folder} holds no longer what the engine loaded"
+    norm = {"name": "model.norm.weight", "truncate_size": 32}
+
+    def update(parts, status):
+        answer = http.post("/update_weights_from_tensor", json={"serialized_named_tensors": [encode(parts)]})
+        assert answer.status_code == status, answer.text
+        return answer.json()["message"]
+
+    assert says in update(one, 400)
+    assert says in http.post("/weights_checker", json={"action": "checksum"}).text
+    assert says in http.post("/get_weights_by_name", json=norm).text
+    with pytest.raises(FullarcError, match="holds no longer"):
+        running.engine.origin.tensors("adapters")
+    assert logprobs(generate(http)) == fresh(checkpoints["v0"])
+    update(tensors, 200)
+    assert logprobs(generate(http)) == fresh(checkpoints["v1"])
+    assert http.post("/get_weights_by_name", json=norm).json() == one["model.norm.weight"].tolist()
+    update({"model.norm.weight": one["model.norm.weight"] * 2}, 200)
+    assert http.post("/get_weights_by_name", json=norm).json() == (one["model.norm.weight"] * 2).tolist()
+
+
+@pytest.mark.parametrize("own", ["manifest.json"], indirect=True)
+def test_a_folder_without_a_manifest_completes_parts_as_long_as_it_is_untouched(own, tensors):
+    _, http, folder, _ = own
+    body = {"serialized_named_tensors": [encode({"model.norm.weight": tensors["model.norm.weight"]})]}
+    assert http.post("/update_weights_from_tensor", json=body).status_code == 200
+    assert http.post("/update_weights_from_disk", json={"model_path": str(folder)}).status_code == 200
+    os.utime(folder / "model.safetensors")
+    assert http.post("/update_weights_from_tensor", json=body).status_code == 400
+    assert http.post("/update_weights_from_disk", json={"model_path": str(folder)}).status_code == 200
+    assert http.post("/update_weights_from_tensor", json=body).status_code == 200
 
 
 BOMB = Path(tempfile.mkdtemp()) / "bomb"

@@ -7,10 +7,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fullarc.config.errors import FullarcError
 from fullarc.config.seeds import derive
@@ -19,26 +17,15 @@ from fullarc.engine.backend import Weights, forward_pass, kernels_of, prepare, r
 from fullarc.engine.cache import Latents
 from fullarc.engine.draft import Drafter
 from fullarc.engine.lora import Adapter, merge, read_adapter
+from fullarc.engine.origin import Origin, identify
 from fullarc.engine.prefix import BLOCK, PrefixCache, block_bytes
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
 from fullarc.engine.spill import MIB, SpillFile
 from fullarc.model import GlmMoeDsa, load_config, load_model
-from fullarc.model.checkpoint import is_quantized, state_to_disk
 
 LARGEST_MB = 1e9
-Change = Literal["tensors", "adapters"]
-_QUANTISED: dict[Change, tuple[str, str]] = {
-    "tensors": (
-        "no tensor can take another's place",
-        "Update from a whole folder, or start from the checkpoint that it was made of.",
-    ),
-    "adapters": (
-        "no adapter can be merged into them",
-        "Unload the adapters, or take the checkpoint that it was made of.",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -77,14 +64,11 @@ def load_weights(
     return prepare(model, version, dtype, kernels)
 
 
-def stored_tensors(folder: str | Path, change: Change | None = "tensors") -> dict[str, Tensor]:
-    """On-disk names and tensors of a checkpoint. Raises FullarcError for a quantised one that is to `change` so."""
-    if change and is_quantized(Path(folder)):
-        cannot, hint = _QUANTISED[change]
-        raise FullarcError(
-            f"{folder} is quantised: its matrices are integers with scales, so {cannot}.", hint
-        )
-    return {name: value.detach() for name, value in state_to_disk(load_model(folder)).items()}
+def load(folder: str | Path, version: str, dtype: str, kernels: str, drafts: bool) -> tuple[Weights, Origin]:
+    """`load_weights`, and what is remembered of the folder."""
+    identity = identify(folder)
+    weights = load_weights(folder, version, dtype, kernels, drafts)
+    return weights, Origin(folder, identity)
 
 
 def check_finite(model: GlmMoeDsa, source: str) -> None:
@@ -172,8 +156,7 @@ class Engine:
         prefix_spill_mb: float = 1024.0,
         overlap: bool = False,
     ) -> None:
-        self.folder = folder
-        weights = load_weights(folder, weight_version, dtype, kernels, draft_steps > 0)
+        weights, self.origin = load(folder, weight_version, dtype, kernels, draft_steps > 0)
         longest = min(max_len, weights.config.max_position_embeddings)
         drafts = draft_steps > 0 and weights.has_mtp
         core = forward_pass(weights, max_batch, longest, drafts, threads)
@@ -240,13 +223,13 @@ class Engine:
     def update_weights(self, folder: str | Path, weight_version: str) -> None:
         """Replace the weights by those of `folder`; the engine is unchanged if that fails."""
         old = self.scheduler.weights
-        weights = load_weights(folder, weight_version, old.dtype, kernels_of(old), old.has_mtp)
+        weights, origin = load(folder, weight_version, old.dtype, kernels_of(old), old.has_mtp)
         same_shape(weights, old)
         adapters = self.scheduler.adapters_in_use
-        tensors = stored_tensors(folder, "adapters") if adapters else {}
+        tensors = origin.tensors("adapters") if adapters else {}
         merged = {a: merge(weights, tensors, a.deltas, a.folder) for a in adapters}
         self.scheduler.set_weights(weights, merged)
-        self.folder = folder
+        self.origin = origin
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Make the LoRA adapter of a PEFT folder known as `name`, in the place of an earlier one of that name.
@@ -255,7 +238,7 @@ class Engine:
         """
         weights = self.scheduler.weights
         deltas = read_adapter(folder, weights.config)
-        merged = merge(weights, stored_tensors(self.folder, "adapters"), deltas, str(folder))
+        merged = merge(weights, self.origin.tensors("adapters"), deltas, str(folder))
         self.scheduler.adapters[name] = Adapter(name, str(folder), deltas, merged)
 
     def unload_adapter(self, name: str) -> None:

@@ -87,9 +87,9 @@ class Scheduler:
         if request.adapter and request.adapter not in self.adapters:
             raise RequestError(f"No adapter {request.adapter[:200]!r} is loaded.", "Load it first.")
 
-    def submit(self, request: Request) -> None:
-        """Queue a checked request. Raises QueueFullError."""
-        if len(self.waiting) >= self.max_queue:
+    def submit(self, request: Request, bounded: bool = True) -> None:
+        """Queue a checked request. Raises QueueFullError where the queue is `bounded` and full."""
+        if bounded and len(self.waiting) >= self.max_queue:
             raise QueueFullError(f"{len(self.waiting)} requests wait already.", "Try again later.")
         request.arrived = time.monotonic()
         request.lora = self.adapters[request.adapter] if request.adapter else None

@@ -1,7 +1,8 @@
 """New weights beside the running ones: verified, merged, fused, and only then handed to the scheduler.
 
 Tensors that come in parts (a stream of buckets) are merged into a copy of the last complete weights under their on-disk
-names, an MTP layer included; the copy is made when the first part comes. No tensor that the engine reads is ever
+names, an MTP layer included; it is read from the folder that was loaded (see `origin`) when the first part comes, and
+not at all when all come. No tensor that the engine reads is ever
 written to: parts replace. What the engine does not keep (an MTP layer, where nothing is drafted) is taken and ignored.
 
 Only safetensors is read. A pickle is refused by its first byte: unpickling runs the sender's code.
@@ -22,8 +23,9 @@ from torch import Tensor
 from fullarc.config.errors import FullarcError
 from fullarc.config.files import MANIFEST
 from fullarc.engine.backend import Weights, kernels_of, prepare
-from fullarc.engine.engine import Change, check_finite, load_weights, stored_tensors
-from fullarc.model import GlmMoeDsa, load_config
+from fullarc.engine.engine import check_finite, load
+from fullarc.engine.origin import Change, Origin
+from fullarc.model import GlmMoeDsa
 from fullarc.model.checkpoint import fill_state
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -36,81 +38,88 @@ class Staging:
     What was put together becomes the base of the next parts when `commit` says that the engine runs it.
     """
 
-    def __init__(self, folder: str, running: Weights) -> None:
-        self.folder, self.dtype, self.kernels = folder, running.dtype, kernels_of(running)
+    def __init__(self, origin: Origin, running: Weights) -> None:
+        self.origin, self.dtype, self.kernels = origin, running.dtype, kernels_of(running)
         self.drafts, self._mtp_layers = running.has_mtp, running.config.num_nextn_predict_layers
         self._tensors: dict[str, Tensor] | None = None
-        self._next: tuple[str, dict[str, Tensor] | None] = folder, None
+        self._next: tuple[Origin, dict[str, Tensor] | None] = origin, None
 
     def commit(self) -> None:
         """The engine runs what was put together last."""
-        self.folder, self._tensors = self._next
+        self.origin, self._tensors = self._next
 
     def from_folder(self, folder: str, version: str, manifest_sha256: str | None = None) -> Weights:
         """The weights of a checkpoint folder; its manifest's own hash must be `manifest_sha256` if that is given."""
         try:
             if manifest_sha256 is not None:
                 _check_manifest(Path(folder) / MANIFEST, manifest_sha256)
-            weights = load_weights(folder, version, self.dtype, self.kernels, self.drafts)
+            weights, origin = load(folder, version, self.dtype, self.kernels, self.drafts)
         except OSError as error:
             raise FullarcError(
                 f"{folder[:200]} cannot be read: {error.strerror}.", "Is it a folder?"
             ) from None
-        self._next = folder, None
+        self._next = origin, None
         return weights
 
-    def from_tensors(self, parts: dict[str, Tensor], version: str) -> Weights:
-        """The present weights with `parts` in the place of the tensors of the same names.
-
-        Raises FullarcError for a name that the model has not, another shape, or values that are not finite.
-        """
-        tensors = dict(self.tensors("tensors"))
+    def check(self, parts: dict[str, Tensor]) -> None:
+        """Raise FullarcError for a tensor that the model has not, or has in another shape, or that is of integers."""
+        self.origin.check("tensors")
         for name, value in parts.items():
-            old = tensors.get(name)
-            if old is None:
+            shape = self.origin.shapes.get(name)
+            if shape is None:
                 raise FullarcError(
                     f"The model has no tensor {name[:200]}.", "Send on-disk names of this model."
                 )
-            if value.shape != old.shape:
-                raise FullarcError(
-                    f"{name} has shape {tuple(value.shape)}, the engine runs {tuple(old.shape)}."
-                )
-            tensors[name] = value.to(old.dtype)
-        config = load_config(Path(self.folder))
+            if value.shape != shape:
+                raise FullarcError(f"{name} has shape {tuple(value.shape)}, the engine runs {tuple(shape)}.")
+            if not value.is_floating_point():
+                raise FullarcError(f"{name} is {value.dtype}, and no floating-point numbers.")
+
+    def from_tensors(self, parts: dict[str, Tensor], version: str) -> Weights:
+        """The present weights with `parts` in the place of the tensors of the same names; they are read if some stay.
+
+        Raises FullarcError for what `check` refuses, for no tensors, or for values that are not finite.
+        """
+        if not parts:
+            raise FullarcError("The update has no tensors.", "Send at least one.")
+        self.check(parts)
+        base = {} if len(parts) == len(self.origin.shapes) else self.tensors("tensors")
+        tensors = {n: parts[n].float() if n in parts else base[n] for n in self.origin.shapes}
         with torch.device("meta"):
-            model = GlmMoeDsa(config.model_copy(update={"num_nextn_predict_layers": self._mtp_layers}))
+            model = GlmMoeDsa(
+                self.origin.config.model_copy(update={"num_nextn_predict_layers": self._mtp_layers})
+            )
         fill_state(model, dict(tensors), Path("the update"))
         check_finite(model, "the update")
         weights = prepare(model.eval(), version, self.dtype, self.kernels)
-        self._next = self.folder, tensors
+        self._next = self.origin, tensors
         return weights
 
     def zeroed(self, skipped: Sequence[str], version: str) -> Weights:
         """The present weights with zeros in the place of every tensor whose name has no part of `skipped`."""
-        tensors = self._tensors or stored_tensors(self.folder, change=None)
-        named = {n: t for n, t in tensors.items() if not any(part in n for part in skipped)}
-        return self.from_tensors({n: torch.zeros_like(t) for n, t in named.items()}, version)
+        shapes = self.origin.shapes.items()
+        named = {name: shape for name, shape in shapes if not any(part in name for part in skipped)}
+        return self.from_tensors({name: torch.zeros(shape) for name, shape in named.items()}, version)
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the bytes of every tensor of the present weights, by its on-disk name."""
-        tensors = self._tensors or stored_tensors(self.folder, change=None)
+        tensors = self.tensors(None)
         flat = ((name, tensor.contiguous().view(-1).view(torch.uint8)) for name, tensor in tensors.items())
         return {name: hashlib.sha256(data.numpy().tobytes()).hexdigest() for name, data in flat}
 
     def values(self, name: str, count: int) -> list[float]:
         """The first numbers of a tensor of the present weights, by its on-disk name. Raises FullarcError."""
-        tensors = self._tensors or stored_tensors(self.folder, change=None)
-        if name not in tensors:
+        if name not in self.origin.shapes:
             raise FullarcError(f"The model has no tensor {name[:200]}.", "Use on-disk names of this model.")
-        return tensors[name].flatten()[:count].float().tolist()
+        return self.tensors(None)[name].flatten()[:count].float().tolist()
 
-    def tensors(self, change: Change, coming: bool = False) -> dict[str, Tensor]:
+    def tensors(self, change: Change | None, coming: bool = False) -> dict[str, Tensor]:
         """On-disk names and tensors of the present weights, or of those put together last.
 
-        Raises FullarcError if they are quantised and cannot `change` so.
+        Raises FullarcError if they are quantised and cannot `change` so, or lie no longer where they came from.
         """
-        folder, tensors = self._next if coming else (self.folder, self._tensors)
-        return tensors or stored_tensors(folder, change)
+        origin, tensors = self._next if coming else (self.origin, self._tensors)
+        return tensors or origin.tensors(change)
 
 
 def _check_manifest(manifest: Path, sha256: str) -> None:

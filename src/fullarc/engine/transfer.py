@@ -107,7 +107,7 @@ class Group:
                 f"Rank {rank} of {world_size} at port {port} is no place in a group.",
                 "Rank 0 is the trainer's; engines have 1 and more.",
             )
-        self.where, self.timeout_s = f"{host}:{port}", timeout_s
+        self.where, self.timeout_s, self._closed = f"{host}:{port}", timeout_s, False
         env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "fullarc.engine.receiver"], env=env,
@@ -142,12 +142,13 @@ class Group:
 
     def close(self) -> None:
         """Leave the group; any thread may call it, and a waiting one is told."""
+        self._closed = True  # the child may take a while to die
         self._child.kill()
         threading.Thread(target=self._child.wait, daemon=True).start()  # no zombie, and nobody waits
 
     def _ask(self, order: dict[str, Any], timeout_s: float, failed: str, hint: str) -> None:
         """Give an order and wait for its end; what fails closes the group."""
-        if self._child.poll() is not None:
+        if self._closed or self._child.poll() is not None:
             raise FullarcError(f"The group at {self.where} is closed.", "Open it again.")
         assert self._child.stdin and self._child.stdout
         why = f"nothing came within {timeout_s:g} s"

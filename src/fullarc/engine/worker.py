@@ -25,13 +25,14 @@ class Worker:
 
     Attributes:
         sleep_s: how long to wait between two steps, for tests of what is before the engine; calls do not wait.
+        stepped: when the last step ended (monotonic); after `error`, if it failed.
     """
 
     def __init__(self, scheduler: Scheduler, after: Callable[[], None] = lambda: None) -> None:
         self.scheduler, self.after = scheduler, after
         self.error: BaseException | None = None
         self.busy_s = self.sleep_s = 0.0
-        self._stepped = 0.0  # when the last step ended
+        self.stepped = 0.0
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -76,15 +77,15 @@ class Worker:
                     self.after()
             begin = time.monotonic()
             self._step(self.scheduler.step)
-            self._stepped = time.monotonic()
-            self.busy_s += self._stepped - begin
+            self.stepped = time.monotonic()
+            self.busy_s += self.stepped - begin
             self.scheduler.behind.later(self.after)
             if self.scheduler.idle:
                 self._step(self.scheduler.settle)
 
     def _early_s(self) -> float:
         """How long it is until the next step may begin."""
-        return max(self._stepped + self.sleep_s - time.monotonic(), 0.0) if self.sleep_s else 0.0
+        return max(self.stepped + self.sleep_s - time.monotonic(), 0.0) if self.sleep_s else 0.0
 
     def _step(self, work: Callable[[], None]) -> None:
         try:

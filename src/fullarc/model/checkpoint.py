@@ -144,6 +144,14 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(_read_config(folder))
 
 
+def stored_config(folder: Path) -> ModelConfig:
+    """The same, of what the folder's files hold: transformers leaves MTP layers out and does not say so."""
+    config = load_config(folder)
+    if any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in read_tensors(folder)):
+        return config
+    return ModelConfig(**(config.model_dump() | {"num_nextn_predict_layers": 0}))
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
@@ -171,11 +179,9 @@ def load_model(
         FullarcError: naming the file or tensor that is missing, damaged, misshapen or not expected.
     """
     folder = Path(folder)
-    config = load_config(folder)
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
-    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in read_tensors(folder)):
-        config_overrides = {"num_nextn_predict_layers": 0} | config_overrides  # transformers leaves MTP out
+    config = stored_config(folder)
     if config_overrides:
         config = ModelConfig(**(config.model_dump() | config_overrides))
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 slowness and bounds.
 """
 
+import asyncio
 import importlib.metadata
 import time
 from datetime import UTC, datetime
@@ -17,6 +18,9 @@ from fullarc.engine.api.service import Service
 from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import SamplingParams
 from fullarc.engine.scheduler import Scheduler
+
+FIRST = -(2**62)  # the priority before all others
+HEALTH_S, HEALTH_POLL_S = 20.0, 0.01
 
 
 class PauseBody(BaseModel):
@@ -66,11 +70,16 @@ class StateBody(BaseModel):
 
 def pause(scheduler: Scheduler, mode: str) -> None:
     """Stop stepping; running requests end (abort), wait to be computed anew (retract), or stay (in_place)."""
-    scheduler.paused = True
+    scheduler.paused = scheduler.admitting = True
     if mode == "abort":
         scheduler.abort(None)
     elif mode == "retract":
         scheduler.retract()
+
+
+def resume(scheduler: Scheduler) -> None:
+    """Go on stepping, and letting in."""
+    scheduler.paused, scheduler.admitting = False, True
 
 
 class Control:
@@ -112,7 +121,7 @@ class Control:
 
     async def resume(self, _http: HttpRequest) -> Response:
         """Go on generating."""
-        await self.service.on_engine(lambda s: setattr(s, "paused", False))
+        await self.service.on_engine(resume)
         return answer({"status": "ok", "message": "Generation continues."})
 
     async def abort(self, http: HttpRequest) -> Response:
@@ -148,14 +157,30 @@ class Control:
             return PlainTextResponse("ok")
         return PlainTextResponse("The engine does not generate.", 503)
 
-    async def health_generate(self, http: HttpRequest) -> Response:
-        """Really generate one token."""
-        if not self.service.worker.healthy or self.service.scheduler.paused:
-            return PlainTextResponse("The engine does not generate.", 503)
-        params = SamplingParams(max_new_tokens=1, temperature=0.0)
-        request = Request(self.service.next_id("health"), [0], params)
-        await self.service.answer(http, [request])
-        return PlainTextResponse("ok" if request.finish == "length" else "aborted")
+    async def health_generate(self, _http: HttpRequest) -> Response:
+        """Whether the engine generates: it ends a step for others or, where there are none, for a token of its own."""
+        worker, scheduler, asked = self.service.worker, self.service.scheduler, time.monotonic()
+        own = Request(
+            self.service.next_id("health"),
+            [0],
+            SamplingParams(max_new_tokens=1, temperature=0.0),
+            priority=FIRST,
+        )
+
+        def act(scheduler: Scheduler) -> None:
+            if not (own.arrived or scheduler.running or scheduler.waiting):
+                scheduler.submit(own, bounded=False)
+
+        while worker.healthy and not scheduler.paused and worker.stepped < asked:
+            if time.monotonic() > asked + HEALTH_S:
+                return PlainTextResponse(f"No step has ended for {HEALTH_S:g} s.", 503)
+            if scheduler.idle:
+                worker.call(act)
+            await asyncio.sleep(HEALTH_POLL_S)
+        worker.call(lambda s: s.cancel(own) if own.arrived else None)  # paused before its turn came
+        if worker.healthy and worker.stepped >= asked:
+            return PlainTextResponse("ok")
+        return PlainTextResponse("The engine does not generate.", 503)
 
     async def model_info(self, _http: HttpRequest) -> Response:
         """The model, its version and its bounds."""

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from fullarc.chat.openai import BadRequest
 from fullarc.engine.api.guard import Endpoint, answer, read_body
-from fullarc.engine.api.upkeep import Upkeep, check_tags
+from fullarc.engine.api.upkeep import MEMORY, Upkeep, memory
 
 
 class RpcBody(BaseModel):
@@ -87,8 +87,7 @@ class Rpc:
         await self.updates.load_folder(folder or self.service.model_path, version, "keep")
 
     async def _sleep(self, level: int | None) -> None:
-        await self.upkeep.fall_asleep("abort")
+        await self.upkeep.fall_asleep("abort", MEMORY)
 
     async def _wake(self, tags: list[str] | None) -> None:
-        check_tags(tags)
-        await self.upkeep.awake()
+        await self.upkeep.awake(memory(tags))

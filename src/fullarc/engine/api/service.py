@@ -56,6 +56,7 @@ class Service:
         tok: the folder's tokenizer; None if it has none, and then there is no text.
         grammars: the forms that outputs were asked to follow; None without a tokenizer.
         name: the model's name for clients.
+        origin: where the engine's first weights came from.
         deterministic: whether that was insisted on.
         experts: in which form vLLM's routes tell routed experts when a request does not say; None = not at all.
         strict: whether other names are refused (see `whose`).
@@ -71,7 +72,7 @@ class Service:
         experts: Literal["npy", "compact"] | None = None,
     ) -> None:
         self.worker = Worker(engine.scheduler, self._after_step)
-        self.model_path, self.started = str(model_path), time.time()
+        self.model_path, self.origin, self.started = str(model_path), engine.origin, time.time()
         folder = Path(model_path)
         self.tok = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         self.grammars = Grammars(self.tok) if self.tok else None
@@ -149,7 +150,7 @@ class Service:
 
     async def finish(self, http: HttpRequest, watch: "Watch") -> None:
         """Wait for the last end; a client that hangs up frees its slots."""
-        gone = asyncio.ensure_future(_disconnected(http.receive))
+        gone = asyncio.ensure_future(disconnected(http.receive))
         try:
             done = asyncio.ensure_future(watch.changed())
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -239,7 +240,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         gone.add_done_callback(lambda _: self.watch.cancel())
         watchdog = asyncio.ensure_future(self._end_when_stalled(asyncio.current_task()))
         try:
@@ -303,7 +304,8 @@ def _in_turn(first: End | None, then: End) -> End:
     return both
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -96,34 +96,43 @@ class NameBody(BaseModel):
 
 
 class _Session:
-    """The parts of an open update. `over`: nothing is added any more."""
+    """The parts of an open update; `check` refuses what does not fit when it comes. `over`: nothing is added any more.
 
-    def __init__(self) -> None:
-        self._parts: dict[str, Tensor] = {}
+    So it never has more than the model; when a part fails, nothing.
+    """
+
+    def __init__(self, check: Callable[[dict[str, Tensor]], None]) -> None:
+        self._check, self._parts = check, dict[str, Tensor]()
         self.failed, self.over = "", False
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Keep some more. Raises FullarcError when it is too late."""
+        """Keep some more. Raises FullarcError when it is too late or they do not fit."""
         if self.over:
             raise FullarcError("The update ended before this part had come.", "Begin it again.")
+        self._sound()
+        self._check(parts)
         self._parts |= parts
+
+    def fail(self, error: FullarcError) -> None:
+        """Nothing becomes of it any more."""
+        self.failed, self._parts = self.failed or str(error), {}
 
     def whole(self) -> dict[str, Tensor]:
         """All of them, and the end. Raises FullarcError if some are missing."""
         self.over = True
+        self._sound()
+        return self._parts
+
+    def _sound(self) -> None:
         if self.failed:
             raise FullarcError(f"A part of this update failed: {self.failed}", "Begin it again.")
-        return self._parts
 
 
 class Updates:
     """The handlers. `install` is what other dialects call."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.staging = (
-            service,
-            Staging(service.model_path, service.scheduler.weights),
-        )
+        self.service, self.staging = service, Staging(service.origin, service.scheduler.weights)
         self.lock = asyncio.Lock()
         self._open: _Session | None = None
 
@@ -220,7 +229,7 @@ class Updates:
             try:
                 session.add(await in_thread(read))
             except FullarcError as error:
-                session.failed = str(error)
+                session.fail(error)
                 raise
         return {"success": True, "message": "Kept until the update is finished."}
 
@@ -228,7 +237,7 @@ class Updates:
         """From now on parts are collected."""
         if self._open is not None:
             self._open.over = True
-        self._open = _Session()
+        self._open = _Session(self.staging.check)
         self.service.collecting.add(self)
 
     async def finish(self, body: UpdateBody) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 The weights have one form here, so there is nothing to post-process. Asleep, the engine has ended or holds its
 requests and has forgotten all cached prefixes; weights and slots stay, since on this machine they are nobody else's
-to use.
+to use. It wakes up when all that was released is resumed, by one call or several.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +21,9 @@ from fullarc.engine.api.guard import Endpoint, answer, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.scheduler import Scheduler
+
+MEMORY = frozenset(("weights", "kv_cache"))
+TAGS = MEMORY | {"cuda_graph"}  # of which there is none
 
 
 class SglangCheckBody(BaseModel):
@@ -61,6 +64,7 @@ class Upkeep:
         self.service, self.updates = service, updates
         self._snapshot: dict[str, str] | None = None
         self._asleep: bool | None = None  # asleep; whether it was paused before
+        self._released = set[str]()
 
     def endpoints(self) -> list[Endpoint]:
         """The routes."""
@@ -145,14 +149,12 @@ class Upkeep:
 
     async def release(self, http: HttpRequest) -> Response:
         """Fall asleep; running requests end with what they have."""
-        check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
-        await self.fall_asleep("abort")
+        await self.fall_asleep("abort", await _tags(http))
         return answer(None)
 
     async def resume(self, http: HttpRequest) -> Response:
-        """Wake up."""
-        check_tags((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
-        await self.awake()
+        """Wake up, when nothing is left that was released."""
+        await self.awake(await _tags(http))
         return answer(None)
 
     async def sleep(self, http: HttpRequest) -> Response:
@@ -160,36 +162,37 @@ class Upkeep:
         level, mode = http.query_params.get("level", "1"), http.query_params.get("mode", "abort")
         if level not in ("0", "1", "2") or mode not in ("abort", "keep"):
             raise BadRequest("level must be 0, 1 or 2, and mode abort or keep.", "mode")
-        await self.fall_asleep(mode)
+        await self.fall_asleep(mode, MEMORY)
         return answer({"status": "sleeping", "level": int(level)})
 
     async def wake_up(self, http: HttpRequest) -> Response:
-        """Wake up."""
+        """Wake up, when nothing is left that was released."""
         tags = http.query_params.getlist("tags") or None
-        check_tags(tags)
-        await self.awake()
+        await self.awake(memory(tags))
         return answer({"status": "awake", "tags": tags})
 
     async def is_sleeping(self, _http: HttpRequest) -> Response:
         """Whether the engine sleeps."""
         return answer({"is_sleeping": self._asleep is not None})
 
-    async def fall_asleep(self, mode: str) -> None:
+    async def fall_asleep(self, mode: str, released: Set[str]) -> None:
         """Whatever runs ends (mode abort) or waits (keep)."""
 
         def act(scheduler: Scheduler) -> None:
             if self._asleep is None:
                 self._asleep = scheduler.paused
+            self._released |= released
             control.pause(scheduler, "abort" if mode == "abort" else "retract")
             scheduler.prefix.clear()
 
         await self.service.on_engine(act)
 
-    async def awake(self) -> None:
-        """Go on as before the sleep."""
+    async def awake(self, resumed: Set[str]) -> None:
+        """Go on as before the sleep, when nothing is left that was released."""
 
         def act(scheduler: Scheduler) -> None:
-            if self._asleep is not None:
+            self._released -= resumed
+            if self._asleep is not None and not self._released:
                 scheduler.paused, self._asleep = self._asleep, None
 
         await self.service.on_engine(act)
@@ -201,8 +204,14 @@ def _different(sums: dict[str, str], known: dict[str, str] | None) -> list[str] 
     return sorted(name for name in sums.keys() | known.keys() if sums.get(name) != known.get(name))
 
 
-def check_tags(tags: Sequence[str] | None) -> None:
-    """Raise FullarcError for memory that there is not."""
+async def _tags(http: HttpRequest) -> Set[str]:
+    """What the request names, or all."""
+    return memory((await read_body(http, MemoryBody)).tags if http.method == "POST" else None)
+
+
+def memory(tags: Sequence[str] | None) -> Set[str]:
+    """What `tags` name; all where there are none. Raises FullarcError for memory that there is not."""
     for tag in tags or ():
-        if tag not in ("weights", "kv_cache", "cuda_graph"):
+        if tag not in TAGS:
             raise FullarcError(f"There is no memory called {tag[:100]!r}.", "Tags are weights and kv_cache.")
+    return MEMORY.intersection(tags) if tags else MEMORY

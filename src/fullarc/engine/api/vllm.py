@@ -20,7 +20,7 @@ from fullarc.config.errors import FullarcError
 from fullarc.engine.api import control
 from fullarc.engine.api.fields import Ids
 from fullarc.engine.api.guard import Endpoint, answer, aside, error_answer, read_body
-from fullarc.engine.api.service import Service
+from fullarc.engine.api.service import Service, disconnected
 from fullarc.engine.api.updates import Updates
 from fullarc.engine.scheduler import Scheduler
 
@@ -103,7 +103,7 @@ class Vllm:
         if mode not in MODES or clear not in ("true", "false", "1", "0"):
             raise BadRequest("mode must be abort, wait or keep, and clear_cache true or false.", "mode")
         if mode == "wait":
-            await self._drain()
+            await self._drain(http)
         else:
             await self.service.on_engine(
                 lambda s: control.pause(s, "abort" if mode == "abort" else "in_place")
@@ -112,18 +112,37 @@ class Vllm:
             await self.service.on_engine(lambda s: s.prefix.clear())
         return answer({"status": "paused"})
 
-    async def _drain(self) -> None:
-        """Let running requests finish while waiting ones wait, then pause."""
-        await self.service.on_engine(lambda s: setattr(s, "admitting", False))
+    async def _drain(self, http: HttpRequest) -> None:
+        """Let running requests finish while waiting ones wait, then pause; a paused engine goes on until then.
+
+        Raises FullarcError if another call pauses or resumes the engine meanwhile; that one counts. It is as before
+        when the client hangs up.
+        """
+
+        def begin(scheduler: Scheduler) -> bool:
+            before, scheduler.paused, scheduler.admitting = scheduler.paused, False, False
+            return before
+
+        def end(scheduler: Scheduler) -> bool:
+            ours = not scheduler.admitting
+            if ours:
+                scheduler.paused, scheduler.admitting = before or not scheduler.running, True
+            return ours
+
+        gone = asyncio.ensure_future(disconnected(http.receive))
+        scheduler, before = self.service.scheduler, await self.service.on_engine(begin)
         try:
-            while self.service.scheduler.running and self.service.worker.healthy:
+            while scheduler.running and not scheduler.admitting and not gone.done():
                 await asyncio.sleep(DRAIN_POLL_S)
         finally:
-            await self.service.on_engine(_pause_and_admit)
+            gone.cancel()
+            ours = await self.service.on_engine(end)
+        if not ours:
+            raise FullarcError("Another call paused or resumed the engine before all requests had ended.")
 
     async def resume(self, _http: HttpRequest) -> Response:
         """Go on generating."""
-        await self.service.on_engine(lambda s: setattr(s, "paused", False))
+        await self.service.on_engine(control.resume)
         return answer({"status": "resumed"})
 
     async def is_paused(self, _http: HttpRequest) -> Response:
@@ -131,8 +150,9 @@ class Vllm:
         return answer({"is_paused": self.service.scheduler.paused})
 
     async def abort(self, http: HttpRequest) -> Response:
-        """End requests by their ids, or all where none is named, with what they have."""
-        names: Sequence[str | None] = (await read_body(http, AbortsBody)).request_ids or [None]
+        """End requests by their ids, or all where there is no list of them, with what they have."""
+        named = (await read_body(http, AbortsBody)).request_ids
+        names: Sequence[str | None] = [None] if named is None else named
         count = await self.service.on_engine(lambda s: sum(s.abort(name) for name in names))
         return answer({"status": "aborted", "aborted": count})
 
@@ -214,7 +234,3 @@ class Vllm:
         texts = [tok.decode(ids, skip_special=body.skip_special_tokens) for ids in lists]
         told: Any = texts if several else texts[0]
         return answer({"prompt": told, "text": told})
-
-
-def _pause_and_admit(scheduler: Scheduler) -> None:
-    scheduler.paused, scheduler.admitting = True, True
