@@ -107,6 +107,64 @@ def test_streamed_deltas_add_up_to_the_reply(gpt, says, seed, extra):
         assert whole.choices[0].finish_reason == "stop" and whole.choices[0].stop_reason == "done h"
 
 
+# what is sampled, the stop, and the reasoning and content before it; `stop_token_ids` are named by their text
+STOPS = {
+    "white space behind": ("</think>a list done\n so", "done\n", "", "a list"),
+    "white space before": ("</think>\nlist it", "\nlist", "", ""),
+    "before any text": ("</think>\n\na list", "\n", "", ""),
+    "thoughts": ("so list\n it</think>done", "list\n", "so", ""),
+    "the second of two": ("</think>a list it list\n it", "list\n", "", "a list it"),
+    "inside a token": ("</think>a list hello it", "llo", "", "a list he"),
+    "inside a token of halves": ("</think>我们 模型从文本 it", "文", "", "我们 模型从"),
+    "inside a special token": ("so list</think>done it", "nk>", "so list", ""),
+    "a special token": ("so list</think>done it", "</think>", "so list", ""),
+    "behind a call": (f"</think>so{CALL}\nlist it", "\nlist", "", "so"),
+    "inside a call": (f"</think>so\n{CALL}", "cat", "", "so\n<tool_call>shell<arg_key>command</arg_key><arg_value>"),
+    "a token": ("</think>a list done it", [" done"], "", "a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_turn_ends_where_its_stop_begins(gpt, claude, says, talking, case):
+    script, stop, thought, said = STOPS[case]
+    ask = {"stop": stop} if isinstance(stop, str) else {"stop_token_ids": talking[1].encode(stop[0])}
+    body = dict(
+        model="talking", messages=HELLO, max_tokens=60, seed=says(7, script), tools=[TOOL], extra_body=ask
+    )
+    [choice] = gpt.chat.completions.create(**body).choices
+    assert getattr(choice.message, "reasoning_content", None) == (thought or None)
+    assert (choice.message.content or "") == said
+    assert choice.finish_reason == ("tool_calls" if case == "behind a call" else "stop")
+    says(7, script)
+    deltas = [chunk.choices[0].delta for chunk in gpt.chat.completions.create(**body, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == said
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == thought
+    if isinstance(stop, str):
+        tools = [{"name": "shell", "input_schema": TOOL["function"]["parameters"]}]
+        body = dict(model="talking", messages=HELLO, max_tokens=60, stop_sequences=[stop], tools=tools)
+        blocks = {"thinking": thought, "text": said}
+        says(7, script)
+        whole = claude.messages.create(**body, extra_body={"seed": 7})
+        says(7, script)
+        with claude.messages.stream(**body, extra_body={"seed": 7}) as stream:
+            streamed = stream.get_final_message()
+        for reply in (whole, streamed):
+            told = {block.type: getattr(block, block.type, None) for block in reply.content}
+            told.pop("tool_use", None)
+            assert told == {kind: text for kind, text in blocks.items() if text}
+            assert reply.stop_sequence == stop
+
+
+def test_a_stop_that_is_wanted_stays(gpt, says, talking):
+    for stop in ({"stop": "done\n"}, {"stop_token_ids": talking[1].encode(" done")}):
+        ask = dict(model="talking", messages=HELLO, seed=says(7, "</think>a list done\n so"),
+                   extra_body=stop | {"include_stop_str_in_output": True})  # fmt: skip
+        assert gpt.chat.completions.create(**ask).choices[0].message.content == "a list done"
+        says(7, "</think>a list done\n so")
+        chunks = gpt.chat.completions.create(**ask, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "a list done"
+
+
 def test_completions_continue_score_and_stream(gpt, talking):
     tok: Tokenizer = talking[1]
     ask = dict(

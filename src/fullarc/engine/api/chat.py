@@ -32,6 +32,7 @@ from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
+from fullarc.engine.api.text import trimmed
 from fullarc.engine.api.whose import WhoseBody, assign
 from fullarc.engine.request import QueueFullError, Request
 from fullarc.engine.trace import Choices
@@ -156,19 +157,14 @@ class Conversation:
         """What a finished sample says."""
         request = self.requests[index]
         call_prefix = f"call_{self.name.rsplit('-', 1)[-1]}_{index}"
-        turn = read_turn(self.tok, request.output, self.thinking, self.tools, call_prefix)
+        ids = request.output if self.wire.no_stop_trim else trimmed(self.tok, request)
+        turn = read_turn(self.tok, ids, self.thinking, self.tools, call_prefix)
         finish = turn.finish
         if request.finish == "stop" and finish == "length":  # a stop of the client's own
             finish = "tool_calls" if turn.message.tool_calls else "stop"
         elif request.finish == "abort":
             finish = "abort"
-        message = turn.message
-        if isinstance(request.matched, str) and not self.wire.no_stop_trim:
-            part = "content" if request.matched in message.content else "reasoning"
-            text = getattr(message, part)
-            if request.matched in text:
-                setattr(message, part, text[: text.rindex(request.matched)].rstrip())
-        return Turn(message, finish, turn.format_errors)
+        return Turn(turn.message, finish, turn.format_errors)
 
 
 class Growing:
@@ -178,6 +174,7 @@ class Growing:
         self.request = conversation.requests[index]
         self.turn = GrowingTurn(conversation.tok, conversation.thinking)
         self._bytes_of = conversation.tok.token_bytes
+        self._ends = frozenset[int]() if conversation.wire.no_stop_trim else self.request.params.stop_ids
         self._fed = self._length = 0
         self.tokens = 0
 
@@ -196,7 +193,10 @@ class Growing:
         request, stops = self.request, self.request.stops
         self.tokens = min(request.told, len(stops.certain)) if stops else request.told
         start, new = len(request.prompt), []
-        for token in request.ids[start + self._fed : start + self.tokens]:
+        end = start + self.tokens
+        if self.tokens and request.ids[end - 1] in self._ends:
+            end -= 1
+        for token in request.ids[start + self._fed : end]:
             length = self._length + len(self._bytes_of(token))
             if stops and length > stops.certain[self.tokens - 1]:
                 break

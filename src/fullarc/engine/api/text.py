@@ -1,10 +1,11 @@
-"""What the tokens of a request say, as they come.
+"""What the tokens of a request say, as they come, and what is left of them without the stop that ended it.
 
 Invariants: the texts of a growing request are prefixes of each other; nothing is shown that could still turn out to be
 half a character or the beginning of a stop string.
 """
 
 import codecs
+from functools import lru_cache
 
 from fullarc.chat import Tokenizer
 from fullarc.engine.api.fields import SamplingBody
@@ -72,3 +73,31 @@ class GrowingText:
 def whole_text(tok: Tokenizer, request: Request, sampling: SamplingBody) -> str:
     """The text of a finished request."""
     return GrowingText(tok, request, sampling).read()
+
+
+def trimmed(tok: Tokenizer, request: Request) -> list[int]:
+    """The output of a finished request without the stop that its client named; the model's own end is left in place.
+
+    A token that a stop string begins in is spelled out up to there, byte by byte (a special one is left out).
+    """
+    ids, stops = request.output, request.stops
+    if request.finish != "stop" or request.matched in tok.stop_ids:
+        return ids
+    if isinstance(request.matched, int) or not stops or stops.start is None:
+        return ids[:-1]
+    kept, room = list[int](), stops.start
+    for token in ids:
+        data = tok.token_bytes(token)
+        if len(data) > room:
+            letters = b"" if token in tok.special_ids else data[:room]
+            return kept + [_letters(tok)[letter] for letter in letters]
+        kept.append(token)
+        room -= len(data)
+    return kept
+
+
+@lru_cache(maxsize=2)
+def _letters(tok: Tokenizer) -> dict[int, int]:
+    """The token of each single byte."""
+    texts = ((token, tok.token_bytes(token)) for token in range(tok.vocab_size))
+    return {data[0]: token for token, data in texts if len(data) == 1}
