@@ -1,12 +1,17 @@
 """OpenAI's and Anthropic's own clients before the engine: tools, reasoning, streams, stops, log-probs, errors."""
 
+from types import SimpleNamespace
+
 import anthropic
 import openai
 import pytest
 from running import Running
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.engine import Engine
+from fullarc.engine import Engine, SamplingParams
+from fullarc.engine.api.chat import Growing
+from fullarc.engine.api.fields import SamplingBody
+from fullarc.engine.request import Request
 
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Run it.", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -163,6 +168,39 @@ def test_a_stop_that_is_wanted_stays(gpt, says, talking):
         says(7, "</think>a list done\n so")
         chunks = gpt.chat.completions.create(**ask, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "a list done"
+
+
+def test_a_stop_token_is_held_back_until_more_comes(talking):
+    """Who reads a stream may look between a token and the end that it brings."""
+    tok: Tokenizer = talking[1]
+    request = Request("r", [1], SamplingParams(stop_ids=frozenset(tok.encode(" done"))))
+    growing = Growing(SimpleNamespace(requests=[request], tok=tok, thinking=False, wire=SamplingBody()), 0)
+    told = []
+    for token in tok.encode("a list done it"):
+        request.ids.append(token)
+        request.logprobs.append(0.0)
+        told.append(growing.news()[1])
+    assert told == ["a", " list", "", " done it"]
+
+
+def test_who_named_a_stop_is_told_it(gpt, says, talking):
+    """vLLM's stop_reason: the string or id that the client named, whole and streamed; null for the model's own end."""
+    [token] = talking[1].encode(" done")
+    for script, stop, expected in (
+        ("a list done it", {"stop_token_ids": [token]}, token), ("a list done it", {"stop": "ne"}, "ne"),
+        ("a list<|user|>", {"stop_token_ids": [token]}, None), ("a list<|user|>", {}, None),
+        ("a list done it", {"max_tokens": 2}, None),
+    ):  # fmt: skip
+        asks = (
+            (gpt.chat.completions.create, {"messages": HELLO}), (gpt.completions.create, {"prompt": "hello"}),
+        )  # fmt: skip
+        for create, ask in asks:
+            body = dict(model="talking", seed=7, extra_body=stop, **ask)
+            says(7, script)
+            assert create(**body).choices[0].stop_reason == expected
+            says(7, script)
+            *_, last = create(**body, stream=True)
+            assert last.choices[0].stop_reason == expected
 
 
 def test_completions_continue_score_and_stream(gpt, talking):

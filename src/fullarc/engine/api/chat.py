@@ -30,7 +30,7 @@ from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.openai import chat_logprobs, head, usage
+from fullarc.engine.api.openai import chat_logprobs, head, own_stop, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import trimmed
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -285,7 +285,7 @@ class Chat:
         if turn:
             told |= {
                 "matched_stop": request.matched,
-                "stop_reason": _own_stop(request),
+                "stop_reason": own_stop(self.service, request),
                 "format_errors": turn.format_errors,
             }
             told |= vllm_choices(request, body.form(self.service.experts))
@@ -383,8 +383,3 @@ def _joined(message: Message) -> str:
 
 def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": None}
-
-
-def _own_stop(request: Request) -> int | str | None:
-    """vLLM's stop_reason: the string or id that the client named; None for the model's own end."""
-    return request.matched if isinstance(request.matched, str) else None

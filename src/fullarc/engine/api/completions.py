@@ -16,7 +16,7 @@ from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.openai import ended, head, token_name, usage
+from fullarc.engine.api.openai import ended, head, own_stop, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -150,7 +150,7 @@ class _Teller:
             text = self.service.tok.decode(request.prompt) + text
         choice: dict[str, Any] = {
             "index": index, "text": text, "logprobs": None, "finish_reason": ended(request) if done else None,
-            "stop_reason": request.matched if done and isinstance(request.matched, str) else None,
+            "stop_reason": own_stop(self.service, request) if done else None,
         }  # fmt: skip
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs(begin, end, echo)

@@ -64,6 +64,12 @@ def ended(request: Request) -> str:
     return {"stop": "stop", "length": "length"}.get(request.finish, "abort")
 
 
+def own_stop(service: Service, request: Request) -> int | str | None:
+    """vLLM's stop_reason: the string or id that the client named; None for the model's own end."""
+    own = service.scheduler.weights.config.eos_token_id
+    return None if request.matched in own else request.matched
+
+
 class Models:
     """GET /v1/models."""
 

@@ -11,7 +11,7 @@ from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.openai import ended, usage
+from fullarc.engine.api.openai import ended, own_stop, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -112,7 +112,7 @@ class _Teller:
             "index": index,
             "token_ids": request.ids[start + begin : start + end],
             "finish_reason": ended(request) if done else None,
-            "stop_reason": self._stop_reason() if done else None,
+            "stop_reason": own_stop(self.service, request) if done else None,
             "logprobs": None,
             "weight_versions": [
                 {"version": version, "start": a, "end": min(b, end)} for version, a, b in request.versions
@@ -137,11 +137,6 @@ class _Teller:
         if done:
             choice |= vllm_choices(request, self.form)
         return choice
-
-    def _stop_reason(self) -> int | str | None:
-        """The string or id that the client named; None for the model's own end."""
-        own = self.service.scheduler.weights.config.eos_token_id
-        return None if self.request.matched in own else self.request.matched
 
 
 def _entry(value: float, token: int) -> dict[str, Any]:
