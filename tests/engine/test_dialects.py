@@ -1,5 +1,6 @@
 """OpenAI's and Anthropic's own clients before the engine: tools, reasoning, streams, stops, log-probs, errors."""
 
+import time
 from types import SimpleNamespace
 
 import anthropic
@@ -24,6 +25,13 @@ def server(talking):
     running = Running(talking[0], max_len=1024)
     yield running
     running.stop()
+
+
+@pytest.fixture
+def slowly(server, monkeypatch):
+    """Every step takes so long that a stream has an event for each token."""
+    step = server.engine.scheduler.step
+    monkeypatch.setattr(server.engine.scheduler, "step", lambda: (time.sleep(0.01), step()))
 
 
 def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):
@@ -129,6 +137,7 @@ STOPS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("case", STOPS)
 def test_a_turn_ends_where_its_stop_begins(gpt, claude, says, talking, case):
     script, stop, thought, said = STOPS[case]
@@ -225,6 +234,24 @@ def test_completions_continue_score_and_stream(gpt, talking):
     expected = Engine(talking[0], max_batch=1, max_len=64).score([tok.encode("so list it then")])[0]
     assert told.token_logprobs == [None, *expected[1:]] and "".join(told.tokens) == "so list it then"
     assert all(len(row) == 2 for row in told.top_logprobs[1:]) and scored.choices[0].text == "so list it then"
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_of_a_stream_go_on(gpt, says, echo):
+    """text_offset is where a token begins in the whole text, whichever event tells it."""
+    ask = dict(model="talking", prompt="so list", max_tokens=6, logprobs=0, echo=echo, seed=7)
+    text = "so list it done hello a" if echo else " it done hello a"
+    offsets = []
+    says(7, " it done hello a<|user|>")
+    for chunk in gpt.completions.create(**ask, stream=True):
+        for name, offset in zip(
+            chunk.choices[0].logprobs.tokens, chunk.choices[0].logprobs.text_offset, strict=True
+        ):
+            assert f"{text}<|user|>"[offset:].startswith(name)
+            offsets.append(offset)
+    says(7, " it done hello a<|user|>")
+    assert offsets == gpt.completions.create(**ask).choices[0].logprobs.text_offset and len(offsets) > 4
 
 
 def test_models_and_errors_are_openais(gpt):

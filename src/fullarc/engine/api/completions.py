@@ -133,6 +133,7 @@ class _Teller:
         self.service, self.body, self.request = service, body, request
         self.text = GrowingText(service.tok, request, wire) if service.tok else None
         self._told, self._first = 0, True
+        self._offset = 0  # in the text, of the token that is told next
 
     def news(self) -> bool:
         """Whether there is something to tell."""
@@ -176,10 +177,10 @@ class _Teller:
             tokens, values = request.prompt + tokens, [None, *request.input_logprobs, *values]
             best = [None, *(request.input_top_logprobs or [[]] * len(request.input_logprobs)), *best]
         names = [token_name(self.service, token, as_id) for token in tokens]
-        offsets, at = [], 0
+        offsets = []
         for name in names:
-            offsets.append(at)
-            at += len(name)
+            offsets.append(self._offset)
+            self._offset += len(name)
         tops = [
             None if row is None else {token_name(self.service, token, as_id): value for value, token in row}
             for row in best
