@@ -1,4 +1,7 @@
-"""Token ids in, token ids out, as vLLM has it: POST /inference/v1/generate. Streamed, each event tells what is new."""
+"""Token ids in, token ids out, as vLLM has it: POST /inference/v1/generate.
+
+Streamed, each event tells what is new; the first one the prompt's log-probs too, where they are asked for.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -83,7 +86,7 @@ class Tito:
         tellers = [_Teller(self.service, body, request) for request in requests]
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)
-            return EventStream(watch, _events(name, tellers, watch))
+            return EventStream(watch, _events(name, tellers, watch, sampling.prompt_logprobs))
         await self.service.answer(http, requests)
         reply: dict[str, Any] = {"request_id": name, "choices": [t.choice(n) for n, t in enumerate(tellers)]}
         if body.output_mode == "text":
@@ -156,15 +159,20 @@ def _prompt_logprobs(request: Request, asked: int | None) -> list[Any] | None:
     return rows
 
 
-async def _events(name: str, tellers: list[_Teller], watch: Watch) -> AsyncIterator[bytes]:
-    open_ones = dict(enumerate(tellers))
+async def _events(
+    name: str, tellers: list[_Teller], watch: Watch, prompt_logprobs: int | None
+) -> AsyncIterator[bytes]:
+    open_ones, scores = dict(enumerate(tellers)), prompt_logprobs is not None
     while open_ones:
         await watch.changed()
         for index, teller in list(open_ones.items()):
             if not teller.request.finish and teller.request.told == teller.told:
                 continue
             choice = teller.choice(index)
-            yield event({"request_id": name, "choices": [choice]})
+            told: dict[str, Any] = {"request_id": name, "choices": [choice]}
+            if scores and not teller.request.unscored:
+                told["prompt_logprobs"], scores = _prompt_logprobs(teller.request, prompt_logprobs), False
+            yield event(told)
             if choice["finish_reason"]:
                 del open_ones[index]
     yield DONE
