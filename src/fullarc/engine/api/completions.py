@@ -16,7 +16,7 @@ from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.openai import ended, head, own_stop, token_name, usage
+from fullarc.engine.api.openai import ended, head, own_stop, spans, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -160,6 +160,7 @@ class _Teller:
             if first:
                 choice["prompt_token_ids"] = request.prompt
         if done:
+            choice["weight_versions"] = spans(request, end)
             choice |= vllm_choices(request, body.form(self.service.experts))
         return choice
 

@@ -14,7 +14,7 @@ from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
 from fullarc.engine.api.fields import Ids, OpenAISampling, build
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
-from fullarc.engine.api.openai import ended, own_stop, usage
+from fullarc.engine.api.openai import ended, own_stop, spans, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -117,9 +117,7 @@ class _Teller:
             "finish_reason": ended(request) if done else None,
             "stop_reason": own_stop(self.service, request) if done else None,
             "logprobs": None,
-            "weight_versions": [
-                {"version": version, "start": a, "end": min(b, end)} for version, a, b in request.versions
-            ],
+            "weight_versions": spans(request, end),
         }
         if request.params.support:
             choice["sampling_mask"] = [[token for _, token in row] for row in request.supports[begin:end]]
