@@ -27,14 +27,14 @@ from fullarc.chat.openai import (
 from fullarc.chat.special import END_THINK
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
+from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import chat_logprobs, head, own_stop, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import trimmed
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request
+from fullarc.engine.request import Request
 from fullarc.engine.trace import Choices
 
 
@@ -108,8 +108,7 @@ class Conversation:
             ).ids
         self.wire = sampling.native(max_tokens)
         self.name = service.next_id("chatcmpl")
-        if self.wire.n > service.scheduler.max_queue:
-            raise QueueFullError(f"{self.wire.n} samples do not fit the queue.")
+        fits(service, self.wire.n)
         names = [f"{self.name}-{index}" for index in range(self.wire.n)]
         self.requests = build(
             service,

@@ -13,14 +13,14 @@ from starlette.responses import Response
 from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
+from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import ended, head, own_stop, spans, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 
 
@@ -57,8 +57,7 @@ class Completions:
         if body.best_of not in (None, wire.n):
             raise RequestError("best_of: only the value of n is supported.")
         prompts = await aside(http, lambda: self._prompts(body.prompt))
-        if len(prompts) * wire.n > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{len(prompts) * wire.n} sequences do not fit the queue.")
+        fits(self.service, len(prompts) * wire.n)
         name = self.service.next_id("cmpl")
         score_from = 0 if body.echo and body.logprobs is not None else -1
         collect = collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None)

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Ids, OpenAISampling, build
+from fullarc.engine.api.fields import Ids, OpenAISampling, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.openai import ended, own_stop, spans, usage
@@ -61,6 +61,7 @@ class Tito:
         body = await read_body(http, TitoBody)
         sampling = body.sampling_params
         wire = sampling.native(None)
+        fits(self.service, wire.n)
         name = body.request_id or self.service.next_id("tito")
         top = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         names = [name if wire.n == 1 else f"{name}_{index}" for index in range(wire.n)]
