@@ -54,7 +54,7 @@ GENERATE = [
                                     "stream_options": {"include_usage": True}, "return_token_ids": True}),
     ("/v1/chat/completions", SAMPLING | {"messages": TALK, "tools": [TOOL], "logprobs": True, "top_logprobs": 2,
                                          "chat_template_kwargs": {"enable_thinking": True}, "tool_choice": "auto",
-                                         "priority": -1, "cache_salt": "s",
+                                         "priority": -1, "cache_salt": "s", "session_id": "i",
                                          "parallel_tool_calls": False, "logit_bias": {}, "reasoning_effort": "low"}),
     ("/v1/chat/completions/tokens", SAMPLING | {"messages": TALK, "tokens": IDS, "tools": [TOOL], "logprobs": True,
                                                 "return_token_ids": True, "max_completion_tokens": 3}),

@@ -1,12 +1,18 @@
 """OpenAI's and Anthropic's own clients before the engine: tools, reasoning, streams, stops, log-probs, errors."""
 
+import time
+from types import SimpleNamespace
+
 import anthropic
 import openai
 import pytest
 from running import Running
 
 from fullarc.chat import Message, Tokenizer, render
-from fullarc.engine import Engine
+from fullarc.engine import Engine, SamplingParams
+from fullarc.engine.api.chat import Growing
+from fullarc.engine.api.fields import SamplingBody
+from fullarc.engine.request import Request
 
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Run it.", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -19,6 +25,13 @@ def server(talking):
     running = Running(talking[0], max_len=1024)
     yield running
     running.stop()
+
+
+@pytest.fixture
+def slowly(server, monkeypatch):
+    """Every step takes so long that a stream has an event for each token."""
+    step = server.engine.scheduler.step
+    monkeypatch.setattr(server.engine.scheduler, "step", lambda: (time.sleep(0.01), step()))
 
 
 def test_openai_client_calls_a_tool_and_goes_on(gpt, says, talking):
@@ -110,6 +123,98 @@ def test_streamed_deltas_add_up_to_the_reply(gpt, says, seed, extra):
         assert whole.choices[0].finish_reason == "stop" and whole.choices[0].stop_reason == "done h"
 
 
+# what is sampled, the stop, and the reasoning and content before it; `stop_token_ids` are named by their text
+STOPS = {
+    "white space behind": ("</think>a list done\n so", "done\n", "", "a list"),
+    "white space before": ("</think>\nlist it", "\nlist", "", ""),
+    "before any text": ("</think>\n\na list", "\n", "", ""),
+    "thoughts": ("so list\n it</think>done", "list\n", "so", ""),
+    "the second of two": ("</think>a list it list\n it", "list\n", "", "a list it"),
+    "inside a token": ("</think>a list hello it", "llo", "", "a list he"),
+    "inside a token of halves": ("</think>我们 模型从文本 it", "文", "", "我们 模型从"),
+    "inside a special token": ("so list</think>done it", "nk>", "so list", ""),
+    "a special token": ("so list</think>done it", "</think>", "so list", ""),
+    "behind a call": (f"</think>so{CALL}\nlist it", "\nlist", "", "so"),
+    "inside a call": (f"</think>so\n{CALL}", "cat", "", "so\n<tool_call>shell<arg_key>command</arg_key><arg_value>"),
+    "a token": ("</think>a list done it", [" done"], "", "a list"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("case", STOPS)
+def test_a_turn_ends_where_its_stop_begins(gpt, claude, says, talking, case):
+    script, stop, thought, said = STOPS[case]
+    ask = {"stop": stop} if isinstance(stop, str) else {"stop_token_ids": talking[1].encode(stop[0])}
+    body = dict(
+        model="talking", messages=HELLO, max_tokens=60, seed=says(7, script), tools=[TOOL], extra_body=ask
+    )
+    [choice] = gpt.chat.completions.create(**body).choices
+    assert getattr(choice.message, "reasoning_content", None) == (thought or None)
+    assert (choice.message.content or "") == said
+    assert choice.finish_reason == ("tool_calls" if case == "behind a call" else "stop")
+    says(7, script)
+    deltas = [chunk.choices[0].delta for chunk in gpt.chat.completions.create(**body, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == said
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == thought
+    if isinstance(stop, str):
+        tools = [{"name": "shell", "input_schema": TOOL["function"]["parameters"]}]
+        body = dict(model="talking", messages=HELLO, max_tokens=60, stop_sequences=[stop], tools=tools)
+        blocks = {"thinking": thought, "text": said}
+        says(7, script)
+        whole = claude.messages.create(**body, extra_body={"seed": 7})
+        says(7, script)
+        with claude.messages.stream(**body, extra_body={"seed": 7}) as stream:
+            streamed = stream.get_final_message()
+        for reply in (whole, streamed):
+            told = {block.type: getattr(block, block.type, None) for block in reply.content}
+            told.pop("tool_use", None)
+            assert told == {kind: text for kind, text in blocks.items() if text}
+            assert reply.stop_sequence == stop
+
+
+def test_a_stop_that_is_wanted_stays(gpt, says, talking):
+    for stop in ({"stop": "done\n"}, {"stop_token_ids": talking[1].encode(" done")}):
+        ask = dict(model="talking", messages=HELLO, seed=says(7, "</think>a list done\n so"),
+                   extra_body=stop | {"include_stop_str_in_output": True})  # fmt: skip
+        assert gpt.chat.completions.create(**ask).choices[0].message.content == "a list done"
+        says(7, "</think>a list done\n so")
+        chunks = gpt.chat.completions.create(**ask, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "a list done"
+
+
+def test_a_stop_token_is_held_back_until_more_comes(talking):
+    """Who reads a stream may look between a token and the end that it brings."""
+    tok: Tokenizer = talking[1]
+    request = Request("r", [1], SamplingParams(stop_ids=frozenset(tok.encode(" done"))))
+    growing = Growing(SimpleNamespace(requests=[request], tok=tok, thinking=False, wire=SamplingBody()), 0)
+    told = []
+    for token in tok.encode("a list done it"):
+        request.ids.append(token)
+        request.logprobs.append(0.0)
+        told.append(growing.news()[1])
+    assert told == ["a", " list", "", " done it"]
+
+
+def test_who_named_a_stop_is_told_it(gpt, says, talking):
+    """vLLM's stop_reason: the string or id that the client named, whole and streamed; null for the model's own end."""
+    [token] = talking[1].encode(" done")
+    for script, stop, expected in (
+        ("a list done it", {"stop_token_ids": [token]}, token), ("a list done it", {"stop": "ne"}, "ne"),
+        ("a list<|user|>", {"stop_token_ids": [token]}, None), ("a list<|user|>", {}, None),
+        ("a list done it", {"max_tokens": 2}, None),
+    ):  # fmt: skip
+        asks = (
+            (gpt.chat.completions.create, {"messages": HELLO}), (gpt.completions.create, {"prompt": "hello"}),
+        )  # fmt: skip
+        for create, ask in asks:
+            body = dict(model="talking", seed=7, extra_body=stop, **ask)
+            says(7, script)
+            assert create(**body).choices[0].stop_reason == expected
+            says(7, script)
+            *_, last = create(**body, stream=True)
+            assert last.choices[0].stop_reason == expected
+
+
 def test_completions_continue_score_and_stream(gpt, talking):
     tok: Tokenizer = talking[1]
     ask = dict(
@@ -132,6 +237,24 @@ def test_completions_continue_score_and_stream(gpt, talking):
     expected = Engine(talking[0], max_batch=1, max_len=64).score([tok.encode("so list it then")])[0]
     assert told.token_logprobs == [None, *expected[1:]] and "".join(told.tokens) == "so list it then"
     assert all(len(row) == 2 for row in told.top_logprobs[1:]) and scored.choices[0].text == "so list it then"
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_of_a_stream_go_on(gpt, says, echo):
+    """text_offset is where a token begins in the whole text, whichever event tells it."""
+    ask = dict(model="talking", prompt="so list", max_tokens=6, logprobs=0, echo=echo, seed=7)
+    text = "so list it done hello a" if echo else " it done hello a"
+    offsets = []
+    says(7, " it done hello a<|user|>")
+    for chunk in gpt.completions.create(**ask, stream=True):
+        for name, offset in zip(
+            chunk.choices[0].logprobs.tokens, chunk.choices[0].logprobs.text_offset, strict=True
+        ):
+            assert f"{text}<|user|>"[offset:].startswith(name)
+            offsets.append(offset)
+    says(7, " it done hello a<|user|>")
+    assert offsets == gpt.completions.create(**ask).choices[0].logprobs.text_offset and len(offsets) > 4
 
 
 def test_models_and_errors_are_openais(gpt):

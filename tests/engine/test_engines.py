@@ -258,7 +258,9 @@ def test_a_worker_has_the_adapters_of_the_others_and_none_comes_within_an_update
             web.post("/begin_weight_update").raise_for_status()
             refused = join()
             assert refused.status_code == 400 and "update is open at the others" in refused.text
-            web.post("/end_weight_update", json={"weight_version": "1"}).raise_for_status()
+            empty = web.post("/end_weight_update", json={"weight_version": "1"})
+            assert empty.status_code == 400
+            web.post("/update_weight_version", json={"new_version": "1"}).raise_for_status()
             assert "weight_version 0, the others 1" in join().text
             alone.post("/update_weight_version", json={"new_version": "1"}).raise_for_status()
         join().raise_for_status()

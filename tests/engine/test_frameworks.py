@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import json
 import math
 import time
 
@@ -146,7 +147,7 @@ def test_prime_rl_samples_tokens_and_updates_in_flight(http, server, other, talk
     assert refused.status_code == 400 and "weight_dir" in refused.json()["error"]["message"]
 
 
-def test_tito_scores_prompts_and_streams_what_is_new(http, talking):
+def test_tito_scores_prompts_and_streams_what_is_new(http, server, talking):
     params = {"max_tokens": 9, "seed": 4, "logprobs": 2, "prompt_logprobs": 1, "ignore_eos": True}
     body = {"request_id": "mine", "token_ids": IDS, "sampling_params": params}
     whole = post(http, "/inference/v1/generate", body)
@@ -162,11 +163,12 @@ def test_tito_scores_prompts_and_streams_what_is_new(http, talking):
         assert sorted(ranks) == [1, 2], (
             "the sampled token first, then the likeliest in the order of their ranks"
         )
-    import json
-
+    server.slow_down(0.01)
     with http.stream("POST", "/inference/v1/generate", json=body | {"stream": True}) as response:
         lines = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
-    parts = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    events = [json.loads(line) for line in lines[:-1]]
+    assert [event.get("prompt_logprobs") for event in events] == [rows] + [None] * (len(events) - 1)
+    parts = [event["choices"][0] for event in events]
     assert [t for part in parts for t in part["token_ids"]] == whole["choices"][0]["token_ids"]
     assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
 

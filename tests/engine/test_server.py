@@ -163,9 +163,11 @@ def test_broken_json_is_a_400(http):
 
 def test_a_full_queue_is_a_429(http, server):
     server.engine.scheduler.max_queue = 3
-    answer = generate(http, sampling_params={"n": 8})
-    assert answer.status_code == 429
+    never = generate(http, sampling_params={"n": 8})
+    assert never.status_code == 400 and "8 sequences at once are more than the 3 that may wait" in never.text
     assert generate(http).status_code == 200
+    server.engine.scheduler.max_queue = 0
+    assert generate(http).status_code == 429
 
 
 def test_a_client_that_hangs_up_frees_its_slot(server, http):

@@ -87,6 +87,7 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
     async def main():
         updates = Updates.__new__(Updates)
         updates.lock, updates._open = asyncio.Lock(), None
+        updates.service = SimpleNamespace(collecting=set())
         updates.staging = SimpleNamespace(
             from_tensors=lambda parts, _version: loaded.append(sorted(parts)), check=lambda _parts: None
         )

@@ -1,14 +1,17 @@
 """Every answer that weights were used for says which: in a header, and where OpenAI's clients read it."""
 
+import concurrent.futures
 import json
 from urllib.parse import unquote
 
+import anthropic
 import httpx
 import openai
 import pytest
 from bodies import HELLO, IDS
-from running import Running
+from running import Running, wait
 
+from fullarc.engine import sampler
 from fullarc.rollout.engine_client import EngineClient
 from fullarc.rollout.gateway import Gateway
 from fullarc.rollout.serve import serving
@@ -44,6 +47,51 @@ def test_every_computing_route_has_the_header_whole_and_streamed(server, http, n
             assert unquote(answer.headers["x-weight-version"]) == name, (path, stream)
             assert "x" not in answer.headers
     assert "x-weight-version" not in http.post("/tokenize", json={"prompt": "a"}).headers
+
+
+SPANNED = {
+    "/v1/completions": {"prompt": "hello", "ignore_eos": True, "return_token_ids": True},
+    "/v1/messages": {"messages": HELLO, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", SPANNED)
+def test_every_token_has_its_version_when_weights_change_in_between(server, http, path, stream, monkeypatch):
+    """AReaL's route to vLLM, and Anthropic's: the clients ignore the field, or read it as an extra one."""
+    scheduler, real, moments = server.engine.scheduler, sampler.sample, []
+
+    def sample(*rest):
+        moments.append(
+            scheduler.version
+        )  # a version for each token, noted apart from the engine's own account
+        tokens, logprobs = real(*rest)
+        return [5] * len(tokens), logprobs
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    server.slow_down(0.01)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(http.post, path, json=SPANNED[path] | {"max_tokens": 40, "stream": stream})
+        for count, name in ((5, "1"), (15, "2")):
+            wait(lambda count=count: len(moments) > count)
+            http.post("/update_weight_version", json={"new_version": name}).raise_for_status()
+        answer = answer.result(60)
+    told = json.loads(answer.text) if not stream else {}
+    for line in answer.text.split("\n") if stream else ():
+        chunk = json.loads(line[6:]) if line.startswith("data: {") else {}
+        ends = chunk.get("weight_versions") or any(c["finish_reason"] for c in chunk.get("choices", ()))
+        told = chunk if ends else told
+    [given] = [told, *told.get("choices", [])][-1:]
+    spans = [s["version"] for s in given["weight_versions"] for _ in range(s["start"], s["end"])]
+    assert spans == moments and len(spans) == 40 and list(dict.fromkeys(spans)) == ["0", "1", "2"]
+
+
+def test_anthropics_client_reads_past_the_versions(server):
+    claude = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    ask = dict(model="talking", messages=HELLO, max_tokens=3)
+    assert claude.messages.create(**ask).weight_versions[0]["version"] == "0"
+    with claude.messages.stream(**ask) as stream:
+        assert stream.get_final_message().usage.output_tokens == 3
 
 
 def test_a_stream_begins_with_the_old_version_and_its_chunks_tell_the_new_one(server, http):

@@ -59,6 +59,7 @@ TABLE = [
     *((route, {}, KEY, (0, "mine", "", "")) for route in PLAIN),
     *((route, {}, KEY | ID, (0, "mine", "", "")) for route in PLAIN),
     *((route, {}, ID, (0, "yours", "", "")) for route in PLAIN),
+    *((route, {"session_id": "body"}, KEY, (0, "body", "", "")) for route in ("completions", "tito", "chat")),
     *((route, {"priority": 3, "cache_salt": "s"}, None, (3, "", "s", "")) for route in ("completions", "tito", "chat")),
     *((route, {"model": "a"}, None, (0, "", "", "a")) for route in PLAIN[1:]),
     *((route, {"model": "talking:a"}, None, (0, "", "", "a")) for route in PLAIN[1:]),
@@ -87,7 +88,8 @@ def test_every_dialect_says_it_in_its_own_words(running, client, tmp_path, monke
 
 @pytest.mark.parametrize("route", ["completions", "tito", "chat"])
 @pytest.mark.parametrize(
-    "fields", [{"priority": "high"}, {"priority": 1.5}, {"cache_salt": ""}, {"lora_path": 3}]
+    "fields",
+    [{"priority": "high"}, {"priority": 1.5}, {"session_id": 3}, {"cache_salt": ""}, {"lora_path": 3}],
 )
 def test_bad_values_are_refused(client, route, fields):
     assert ask(client, route, **fields).status_code == 400

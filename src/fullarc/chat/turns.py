@@ -7,6 +7,7 @@ unfinished turn is a prefix of what the finished one will say.
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from fullarc.chat import special as S
 from fullarc.chat.messages import Message
@@ -42,16 +43,42 @@ def read_turn(
     return Turn(message, "length" if cut else "tool_calls" if message.tool_calls else "stop", errors)
 
 
-def stopped(turn: Turn, string: str = "") -> Turn:
-    """A turn that a stop of the client's own has ended, without the stop string."""
-    finish, message = turn.finish, turn.message
-    if finish == "length":
-        finish = "tool_calls" if message.tool_calls else "stop"
-    part = "content" if string in message.content else "reasoning"
-    text = getattr(message, part)
-    if string and string in text:
-        message = replace(message, **{part: text[: text.rindex(string)].rstrip()})
-    return Turn(message, finish, turn.format_errors)
+def stopped(turn: Turn) -> Turn:
+    """A turn that a stop of the client's own has ended."""
+    if turn.finish != "length":
+        return turn
+    return replace(turn, finish="tool_calls" if turn.message.tool_calls else "stop")
+
+
+def before(tok: Tokenizer, ids: Sequence[int], size: int) -> list[int]:
+    """The first `size` bytes of what was sampled.
+
+    A token that goes on behind them is spelled out up to there, byte by byte (a special one is left out).
+    """
+    kept, room = list[int](), size
+    for token in ids:
+        data = tok.token_bytes(token)
+        if len(data) > room:
+            letters = b"" if token in tok.special_ids else data[:room]
+            return kept + [_letters(tok)[letter] for letter in letters]
+        kept.append(token)
+        room -= len(data)
+    return kept
+
+
+def begins(tok: Tokenizer, ids: Sequence[int], string: str) -> int:
+    """The byte of what was sampled where the stop string begins that the last token completed; its end if none did."""
+    data, stop = b"".join(map(tok.token_bytes, ids)), string.encode("utf-8", "replace")
+    last = len(tok.token_bytes(ids[-1])) if ids else 0
+    start = data.find(stop, max(0, len(data) - last - len(stop) + 1))
+    return len(data) if start < 0 else start
+
+
+@lru_cache(maxsize=2)
+def _letters(tok: Tokenizer) -> dict[int, int]:
+    """The token of each single byte."""
+    texts = ((token, tok.token_bytes(token)) for token in range(tok.vocab_size))
+    return {data[0]: token for token, data in texts if len(data) == 1}
 
 
 def _raw_content(tok: Tokenizer, ids: Sequence[int], thinking: bool) -> str:

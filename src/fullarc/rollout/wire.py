@@ -14,7 +14,7 @@ from fullarc.chat.forms import read_form
 from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import BadRequest, flag, message_json, number, read_messages, read_tools
 from fullarc.chat.render import Tools
-from fullarc.chat.turns import partial_text, read_turn, stopped
+from fullarc.chat.turns import before, begins, partial_text, read_turn, stopped
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
 
@@ -125,9 +125,12 @@ def read_completion(
     tok: Tokenizer, completion: Completion, thinking: bool, tools: Tools | None, call_prefix: str
 ) -> Reply:
     """Parse what was sampled. A malformed tool call makes the whole reply plain content with a format error."""
-    turn = read_turn(tok, completion.token_ids, thinking, tools, call_prefix)
+    ids = completion.token_ids
+    if completion.matched:
+        ids = before(tok, ids, begins(tok, ids, completion.matched))
+    turn = read_turn(tok, ids, thinking, tools, call_prefix)
     if completion.finish == "stop":
-        turn = stopped(turn, completion.matched)
+        turn = stopped(turn)
     return Reply(turn.message, turn.finish, turn.format_errors, completion)
 
 

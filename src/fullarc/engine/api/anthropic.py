@@ -18,6 +18,7 @@ from fullarc.chat.turns import Turn
 from fullarc.engine.api.chat import Conversation, Growing
 from fullarc.engine.api.fields import OpenAISampling
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
+from fullarc.engine.api.openai import spans
 from fullarc.engine.api.service import Service, Watch, event
 from fullarc.engine.api.whose import WhoseBody
 from fullarc.engine.request import Request
@@ -109,7 +110,8 @@ class Anthropic:
     def _whole(self, conversation: Conversation) -> dict[str, Any]:
         turn = conversation.read(0)
         content = {"content": dialect.content_blocks(turn.message)}
-        return self._head(conversation) | content | _end(turn, conversation.requests[0])
+        request = conversation.requests[0]
+        return self._head(conversation) | content | _end(turn, request) | _weights(request)
 
     def _head(self, conversation: Conversation) -> dict[str, Any]:
         usage = _usage(conversation.requests[0])
@@ -126,7 +128,7 @@ class Anthropic:
             yield _event(data)
         end = _end(turn, request)
         delta = {"stop_reason": end["stop_reason"], "stop_sequence": end["stop_sequence"]}
-        yield _event({"type": "message_delta", "delta": delta, "usage": _usage(request)})
+        yield _event({"type": "message_delta", "delta": delta, "usage": _usage(request)} | _weights(request))
         yield _event({"type": "message_stop"})
 
 
@@ -138,6 +140,11 @@ def _end(turn: Turn, request: Request) -> dict[str, Any]:
     own = request.matched if isinstance(request.matched, str) else None
     reason = "stop_sequence" if own is not None else dialect.STOP_REASONS[turn.finish]
     return {"stop_reason": reason, "stop_sequence": own, "usage": _usage(request)}
+
+
+def _weights(request: Request) -> dict[str, Any]:
+    """Not Anthropic's: which weights sampled which tokens."""
+    return {"weight_versions": spans(request, request.told)}
 
 
 def _usage(request: Request) -> dict[str, int]:

@@ -28,13 +28,14 @@ from fullarc.chat.openai import (
 from fullarc.chat.special import END_THINK
 from fullarc.chat.turns import GrowingTurn, Turn, read_turn, stopped
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build
+from fullarc.engine.api.fields import Count, Ids, OpenAISampling, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, built, read_body
-from fullarc.engine.api.openai import chat_logprobs, head, usage
+from fullarc.engine.api.openai import chat_logprobs, head, own_stop, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
+from fullarc.engine.api.text import trimmed
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request
+from fullarc.engine.request import Request
 from fullarc.engine.trace import Choices
 
 
@@ -110,8 +111,7 @@ class Conversation:
             ).ids
         self.wire = sampling.native(max_tokens)
         self.name = service.next_id("chatcmpl")
-        if self.wire.n > service.scheduler.max_queue:
-            raise QueueFullError(f"{self.wire.n} samples do not fit the queue.")
+        fits(service, self.wire.n)
         names = [f"{self.name}-{index}" for index in range(self.wire.n)]
         self.requests = build(
             service,
@@ -159,10 +159,10 @@ class Conversation:
         """What a finished sample says."""
         request = self.requests[index]
         call_prefix = f"call_{self.name.rsplit('-', 1)[-1]}_{index}"
-        turn = read_turn(self.tok, request.output, self.thinking, self.tools, call_prefix)
+        ids = request.output if self.wire.no_stop_trim else trimmed(self.tok, request)
+        turn = read_turn(self.tok, ids, self.thinking, self.tools, call_prefix)
         if request.finish == "stop":
-            trimmed = isinstance(request.matched, str) and not self.wire.no_stop_trim
-            return stopped(turn, str(request.matched) if trimmed else "")
+            return stopped(turn)
         return replace(turn, finish="abort") if request.finish == "abort" else turn
 
 
@@ -173,6 +173,7 @@ class Growing:
         self.request = conversation.requests[index]
         self.turn = GrowingTurn(conversation.tok, conversation.thinking)
         self._bytes_of = conversation.tok.token_bytes
+        self._ends = frozenset[int]() if conversation.wire.no_stop_trim else self.request.params.stop_ids
         self._fed = self._length = 0
         self.tokens = 0
 
@@ -191,7 +192,10 @@ class Growing:
         request, stops = self.request, self.request.stops
         self.tokens = min(request.told, len(stops.certain)) if stops else request.told
         start, new = len(request.prompt), []
-        for token in request.ids[start + self._fed : start + self.tokens]:
+        end = start + self.tokens
+        if self.tokens and request.ids[end - 1] in self._ends:
+            end -= 1
+        for token in request.ids[start + self._fed : end]:
             length = self._length + len(self._bytes_of(token))
             if stops and length > stops.certain[self.tokens - 1]:
                 break
@@ -280,7 +284,7 @@ class Chat:
         if turn:
             told |= {
                 "matched_stop": request.matched,
-                "stop_reason": _own_stop(request),
+                "stop_reason": own_stop(self.service, request),
                 "format_errors": turn.format_errors,
             }
             told |= vllm_choices(request, body.form(self.service.experts))
@@ -378,8 +382,3 @@ def _joined(message: Message) -> str:
 
 def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": None}
-
-
-def _own_stop(request: Request) -> int | str | None:
-    """vLLM's stop_reason: the string or id that the client named; None for the model's own end."""
-    return request.matched if isinstance(request.matched, str) else None

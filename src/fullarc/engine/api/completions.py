@@ -13,14 +13,14 @@ from starlette.responses import Response
 from fullarc.chat.openai import dump
 from fullarc.engine.api.chat import StreamOptions
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build
+from fullarc.engine.api.fields import Ids, OpenAISampling, SamplingBody, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, built, read_body
-from fullarc.engine.api.openai import ended, head, token_name, usage
+from fullarc.engine.api.openai import ended, head, own_stop, spans, token_name, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event, framed
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.sampling import MAX_TOP_LOGPROBS
 
 
@@ -57,8 +57,7 @@ class Completions:
         if body.best_of not in (None, wire.n):
             raise RequestError("best_of: only the value of n is supported.")
         prompts = await aside(http, lambda: self._prompts(body.prompt))
-        if len(prompts) * wire.n > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{len(prompts) * wire.n} sequences do not fit the queue.")
+        fits(self.service, len(prompts) * wire.n)
         name = self.service.next_id("cmpl")
         score_from = 0 if body.echo and body.logprobs is not None else -1
         collect = collector(body.routed_experts_prompt_start, body.form(self.service.experts) is not None)
@@ -137,6 +136,7 @@ class _Teller:
         self.service, self.body, self.request = service, body, request
         self.text = GrowingText(service.tok, request, wire) if service.tok else None
         self._told, self._first = 0, True
+        self._offset = 0  # in the text, of the token that is told next
 
     def news(self) -> bool:
         """Whether there is something to tell."""
@@ -154,7 +154,7 @@ class _Teller:
             text = self.service.tok.decode(request.prompt) + text
         choice: dict[str, Any] = {
             "index": index, "text": text, "logprobs": None, "finish_reason": ended(request) if done else None,
-            "stop_reason": request.matched if done and isinstance(request.matched, str) else None,
+            "stop_reason": own_stop(self.service, request) if done else None,
         }  # fmt: skip
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs(begin, end, echo)
@@ -163,6 +163,7 @@ class _Teller:
             if first:
                 choice["prompt_token_ids"] = request.prompt
         if done:
+            choice["weight_versions"] = spans(request, end)
             choice |= vllm_choices(request, body.form(self.service.experts))
         return choice
 
@@ -180,10 +181,10 @@ class _Teller:
             tokens, values = request.prompt + tokens, [None, *request.input_logprobs, *values]
             best = [None, *(request.input_top_logprobs or [[]] * len(request.input_logprobs)), *best]
         names = [token_name(self.service, token, as_id) for token in tokens]
-        offsets, at = [], 0
+        offsets = []
         for name in names:
-            offsets.append(at)
-            at += len(name)
+            offsets.append(self._offset)
+            self._offset += len(name)
         tops = [
             None if row is None else {token_name(self.service, token, as_id): value for value, token in row}
             for row in best

@@ -19,9 +19,10 @@ from fullarc.engine.stops import MAX_STRINGS, StopStrings, StopWatch
 from fullarc.engine.trace import Choices
 
 MAX_SAMPLES = 1024
+GREEDY = 1e-6  # temperatures below it are 0, as in SGLang
 Ids = list[Annotated[int, Field(strict=True)]]
 Count = Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)]
-Stop = str | Annotated[list[str], Field(max_length=MAX_STRINGS)] | None
+Stop = str | list[str] | None
 AskedIds = Annotated[Ids, Field(max_length=MAX_LOGPROB_IDS)]
 
 
@@ -131,6 +132,29 @@ class OpenAISampling(OpenAIGrammarBody):
         )
 
 
+def known(service: Service, name: str, tokens: Sequence[int]) -> None:
+    """Refuse ids that no token of the model has. Raises RequestError."""
+    size = service.scheduler.weights.config.vocab_size
+    for token in tokens:
+        if not 0 <= token < size:
+            raise RequestError(
+                f"{name}: there is no token {token}; the model's are 0..{size - 1}.",
+                "Is it the model's tokenizer?",
+            )
+
+
+def fits(service: Service, count: int) -> None:
+    """Refuse more sequences at once than the queue ever holds: to send them again would be in vain.
+
+    A single one may come again: it is the queue that is closed then. Raises RequestError.
+    """
+    if count > max(service.scheduler.max_queue, 1):
+        raise RequestError(
+            f"{count} sequences at once are more than the {service.scheduler.max_queue} that may wait.",
+            "Send fewer at a time, or start the engine with a larger --max-queue.",
+        )
+
+
 def build(
     service: Service,
     prompt: Sequence[int],
@@ -156,6 +180,12 @@ def build(
     room = wire.max_new_tokens
     if room is None:
         room = max(scheduler.max_len - len(prompt), 1)
+    elif wire.min_new_tokens > room:
+        raise RequestError(
+            f"sampling_params: min_new_tokens must be in [0, max_new_tokens({room})], got {wire.min_new_tokens}."
+        )
+    known(service, "stop_token_ids", wire.stop_token_ids or ())
+    temperature = 0.0 if 0 <= wire.temperature < GREEDY else wire.temperature
     bias = wire.logit_bias or {}
     if bias and any(guides):
         raise RequestError(
@@ -173,7 +203,7 @@ def build(
             # samples of one prompt under one seed get neighbouring streams
             seed = service.seeds() if wire.sampling_seed is None else (wire.sampling_seed + index) & MAX_SEED
             params = SamplingParams(
-                max_new_tokens=room, temperature=wire.temperature, top_p=wire.top_p, top_k=wire.top_k, min_p=wire.min_p,
+                max_new_tokens=room, temperature=temperature, top_p=wire.top_p, top_k=wire.top_k, min_p=wire.min_p,
                 forbidden=frozenset(token for token, value in bias.items() if value <= -100), top_logprobs=top,
                 stop_ids=frozenset(stops), min_new_tokens=wire.min_new_tokens, seed=seed,
                 frequency_penalty=wire.frequency_penalty, presence_penalty=wire.presence_penalty,

@@ -59,9 +59,20 @@ def weights_used(service: Service, requests: Sequence[Request]) -> dict[str, str
     return {"weight_version": requests[0].weight_version or service.scheduler.version}
 
 
+def spans(request: Request, end: int) -> list[dict[str, Any]]:
+    """Which weights sampled which of the first `end` output tokens."""
+    return [{"version": version, "start": a, "end": min(b, end)} for version, a, b in request.versions]
+
+
 def ended(request: Request) -> str:
     """OpenAI's finish reason of plain text."""
     return {"stop": "stop", "length": "length"}.get(request.finish, "abort")
+
+
+def own_stop(service: Service, request: Request) -> int | str | None:
+    """vLLM's stop_reason: the string or id that the client named; None for the model's own end."""
+    own = service.scheduler.weights.config.eos_token_id
+    return None if request.matched in own else request.matched
 
 
 class Models:

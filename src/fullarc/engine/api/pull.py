@@ -110,7 +110,8 @@ def _pull(source: Path, local: Path, version: int, base: Path | None) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else on this host pulls into `folder`."""
+    """Nobody else on this host pulls into `folder`; what had to be made for that goes again if nothing came there."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -118,6 +119,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # the first one that is not empty
+            for path in new:
+                path.rmdir()
 
 
 def _published(source: Path, version: int) -> Path:

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from fullarc.engine.api.fields import AskedIds, Ids, SamplingBody, build
+from fullarc.engine.api.fields import AskedIds, Ids, SamplingBody, build, fits
 from fullarc.engine.api.guard import Endpoint, answer, aside, read_body
 from fullarc.engine.api.service import Service
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.request import Request, RequestError
 
 
 class ScoreBody(BaseModel):
@@ -75,8 +75,7 @@ class Scores:
         prompts = await aside(http, lambda: self._pairs(body))
         wire = SamplingBody(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         name = self.service.next_id("score")
-        if len(prompts) > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{len(prompts)} items do not fit the queue.")
+        fits(self.service, len(prompts))
         requests = [
             build(self.service, prompt, wire, [f"{name}-{n}"], logprob_ids=body.label_token_ids)[0]
             for n, prompt in enumerate(prompts)
@@ -153,8 +152,7 @@ class Scores:
     async def _embed(
         self, http: HttpRequest, prompts: list[list[int]], model: str | None = None
     ) -> list[Request]:
-        if len(prompts) > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{len(prompts)} inputs do not fit the queue.")
+        fits(self.service, len(prompts))
         wire, name = SamplingBody(max_new_tokens=0), self.service.next_id("embd")
         requests = [
             build(self.service, prompt, wire, [f"{name}-{n}"], wants_hidden=True)[0]

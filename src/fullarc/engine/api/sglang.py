@@ -16,14 +16,14 @@ from fullarc.chat.forced import CallGuide
 from fullarc.chat.openai import GrowingList, dump
 from fullarc.chat.special import END_THINK, THINK
 from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sglang_support, slime_support
-from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build
+from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, read_body, written
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, submit_all
 from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
-from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.request import Request, RequestError
 from fullarc.engine.scheduler import Scheduler
 
 BLOCK = 512  # entries of a list that are written at once
@@ -80,8 +80,7 @@ class Plan:
         count, sampling = len(prompts), _spread(body.sampling_params, len(prompts), "sampling_params")
         self.batched = nested or any(wire.n > 1 for wire in sampling)
         total = sum(wire.n for wire in sampling)
-        if total > service.scheduler.max_queue:
-            raise QueueFullError(f"{total} sequences do not fit a queue of {service.scheduler.max_queue}.")
+        fits(service, total)
         wants = _spread(body.return_logprob, count, "return_logprob")
         starts = _spread(body.logprob_start_len, count, "logprob_start_len")
         tops = _spread(body.top_logprobs_num, count, "top_logprobs_num")

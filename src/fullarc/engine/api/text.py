@@ -1,4 +1,4 @@
-"""What the tokens of a request say, as they come.
+"""What the tokens of a request say, as they come, and what is left of them without the stop that ended it.
 
 Invariants: the texts of a growing request are prefixes of each other; nothing is shown that could still turn out to be
 half a character or the beginning of a stop string.
@@ -7,6 +7,7 @@ half a character or the beginning of a stop string.
 import codecs
 
 from fullarc.chat import Tokenizer
+from fullarc.chat.turns import before
 from fullarc.engine.api.fields import SamplingBody
 from fullarc.engine.request import Request
 
@@ -72,3 +73,13 @@ class GrowingText:
 def whole_text(tok: Tokenizer, request: Request, sampling: SamplingBody) -> str:
     """The text of a finished request."""
     return GrowingText(tok, request, sampling).read()
+
+
+def trimmed(tok: Tokenizer, request: Request) -> list[int]:
+    """The output of a finished request without the stop that its client named; the model's own end is left in place."""
+    ids, stops = request.output, request.stops
+    if request.finish != "stop" or request.matched in tok.stop_ids:
+        return ids
+    if isinstance(request.matched, int) or not stops or stops.start is None:
+        return ids[:-1]
+    return before(tok, ids, stops.start)

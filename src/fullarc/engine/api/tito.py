@@ -1,4 +1,7 @@
-"""Token ids in, token ids out, as vLLM has it: POST /inference/v1/generate. Streamed, each event tells what is new."""
+"""Token ids in, token ids out, as vLLM has it: POST /inference/v1/generate.
+
+Streamed, each event tells what is new; the first one the prompt's log-probs too, where they are asked for.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -8,10 +11,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from fullarc.engine.api.choices import ExpertsBody, collector, vllm_choices
-from fullarc.engine.api.fields import Ids, OpenAISampling, build
+from fullarc.engine.api.fields import Ids, OpenAISampling, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, built, read_body
-from fullarc.engine.api.openai import ended, usage
+from fullarc.engine.api.openai import ended, own_stop, spans, usage
 from fullarc.engine.api.service import DONE, EventStream, Service, Watch, event
 from fullarc.engine.api.text import whole_text
 from fullarc.engine.api.whose import WhoseBody, assign
@@ -58,6 +61,7 @@ class Tito:
         body = await read_body(http, TitoBody)
         sampling = body.sampling_params
         wire = sampling.native(None)
+        fits(self.service, wire.n)
         name = body.request_id or self.service.next_id("tito")
         top = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         names = [name if wire.n == 1 else f"{name}_{index}" for index in range(wire.n)]
@@ -83,7 +87,7 @@ class Tito:
         tellers = [_Teller(self.service, body, request) for request in requests]
         if body.stream:
             watch = await self.service.submit(requests, each_token=True)
-            return EventStream(watch, _events(name, tellers, watch))
+            return EventStream(watch, _events(name, tellers, watch, sampling.prompt_logprobs))
         await self.service.answer(http, requests)
 
         def whole() -> dict[str, Any]:
@@ -119,11 +123,9 @@ class _Teller:
             "index": index,
             "token_ids": request.ids[start + begin : start + end],
             "finish_reason": ended(request) if done else None,
-            "stop_reason": self._stop_reason() if done else None,
+            "stop_reason": own_stop(self.service, request) if done else None,
             "logprobs": None,
-            "weight_versions": [
-                {"version": version, "start": a, "end": min(b, end)} for version, a, b in request.versions
-            ],
+            "weight_versions": spans(request, end),
         }
         if request.params.support:
             choice["sampling_mask"] = [[token for _, token in row] for row in request.supports[begin:end]]
@@ -145,11 +147,6 @@ class _Teller:
             choice |= vllm_choices(request, self.form)
         return choice
 
-    def _stop_reason(self) -> int | str | None:
-        """The string or id that the client named; None for the model's own end."""
-        own = self.service.scheduler.weights.config.eos_token_id
-        return None if self.request.matched in own else self.request.matched
-
 
 def _entry(value: float, token: int) -> dict[str, Any]:
     return {"token": f"token_id:{token}", "token_id": token, "logprob": value}
@@ -168,15 +165,20 @@ def _prompt_logprobs(request: Request, asked: int | None) -> list[Any] | None:
     return rows
 
 
-async def _events(name: str, tellers: list[_Teller], watch: Watch) -> AsyncIterator[bytes]:
-    open_ones = dict(enumerate(tellers))
+async def _events(
+    name: str, tellers: list[_Teller], watch: Watch, prompt_logprobs: int | None
+) -> AsyncIterator[bytes]:
+    open_ones, scores = dict(enumerate(tellers)), prompt_logprobs is not None
     while open_ones:
         await watch.changed()
         for index, teller in list(open_ones.items()):
             if not teller.request.finish and teller.request.told == teller.told:
                 continue
             choice = teller.choice(index)
-            yield event({"request_id": name, "choices": [choice]})
+            told: dict[str, Any] = {"request_id": name, "choices": [choice]}
+            if scores and not teller.request.unscored:
+                told["prompt_logprobs"], scores = _prompt_logprobs(teller.request, prompt_logprobs), False
+            yield event(told)
             if choice["finish_reason"]:
                 del open_ones[index]
     yield DONE

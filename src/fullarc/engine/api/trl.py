@@ -19,13 +19,13 @@ from fullarc.chat.errors import refusal
 from fullarc.chat.forms import Text
 from fullarc.chat.openai import BadRequest, flag, read_messages, read_tools
 from fullarc.engine.api.communicator import Communicator
-from fullarc.engine.api.fields import Count, Ids, SamplingBody, build
+from fullarc.engine.api.fields import Count, Ids, SamplingBody, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, answer, aside, built, read_body
 from fullarc.engine.api.tito import TitoSampling
 from fullarc.engine.api.transfer import Transfer
 from fullarc.engine.api.whose import WhoseBody, assign
-from fullarc.engine.request import QueueFullError, Request, RequestError
+from fullarc.engine.request import Request, RequestError
 
 Pairs = list[tuple[float, int]]
 
@@ -166,7 +166,7 @@ class Trl:
     ) -> Response:
         sampling = body.sampling()
         wire, top = sampling.native(None), sampling.logprobs or 0
-        self._fits(len(prompts) * wire.n)
+        fits(self.service, len(prompts) * wire.n)
         name = self.service.next_id("trl")
         support = sampling.logprobs is not None and (_steers(wire) or sampling.formed)
 
@@ -199,7 +199,7 @@ class Trl:
             length > len(ids) for length, ids in zip(lengths, body.sequences, strict=False)
         ):
             raise RequestError("prompt_lengths needs a length for each of sequences, none of them too long.")
-        self._fits(len(lengths))
+        fits(self.service, len(lengths))
         name, wire = self.service.next_id("trl"), SamplingBody(max_new_tokens=0)
         requests = [
             build(self.service, ids, wire, [f"{name}-{number}"], score_from=length, top=top)[0]
@@ -218,10 +218,6 @@ class Trl:
             return _columns([[[], *rows] if request.score_from == 0 else rows for request, rows in scored])
 
         return await built(requests, whole)
-
-    def _fits(self, count: int) -> None:
-        if count > self.service.scheduler.max_queue:
-            raise QueueFullError(f"{count} sequences do not fit the queue.")
 
 
 def _steers(wire: SamplingBody) -> bool:

@@ -18,7 +18,7 @@ from fullarc.chat import render
 from fullarc.chat.openai import BadRequest, read_messages, read_tools
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api import control
-from fullarc.engine.api.fields import Ids
+from fullarc.engine.api.fields import Ids, known
 from fullarc.engine.api.guard import Endpoint, answer, aside, error_answer, read_body
 from fullarc.engine.api.service import Service, disconnected
 from fullarc.engine.api.updates import Updates
@@ -231,6 +231,8 @@ class Vllm:
         body, tok = await read_body(http, DetokenizeBody), self.service.text
         several = bool(body.tokens) and isinstance(body.tokens[0], list)
         lists: Any = body.tokens if several else [body.tokens]
+        for ids in lists:
+            known(self.service, "tokens", ids)
         texts = [tok.decode(ids, skip_special=body.skip_special_tokens) for ids in lists]
         told: Any = texts if several else texts[0]
         return answer({"prompt": told, "text": told})

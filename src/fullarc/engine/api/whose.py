@@ -1,7 +1,8 @@
 """On whose behalf a request is served, how soon, and with which adapter, in everybody's words.
 
     priority   lower ones first on vLLM's and OpenAI's routes; higher ones first on SGLang's /generate, as each has it
-    session    the header X-SMG-Routing-Key (slime, miles, our gateway) or X-Session-ID, or SGLang's `routing_key`
+    session    SGLang's `routing_key` (/generate) or `session_id` (others), else a header: X-SMG-Routing-Key (slime,
+               miles, our gateway) or X-Session-ID
     salt       `cache_salt`; SGLang's `cache_salt` and `extra_key` are one
     adapter    `lora_path` is its name; or `model`, alone or behind SGLang's "model:"
 
@@ -25,13 +26,14 @@ class WhoseBody(BaseModel):
 
     model: str | None = None
     priority: int | None = Field(None, strict=True, description="lower ones first")
+    session_id: str | None = Field(None, max_length=1000)
     cache_salt: str | None = Field(None, min_length=1, max_length=1000)
     lora_path: str | None = Field(None, max_length=1000, description="name of a loaded adapter")
 
 
 def assign(service: Service, http: HttpRequest, body: WhoseBody, requests: Sequence[Request]) -> None:
     """Write it on the requests of one body. Raises RequestError for a name that is not known."""
-    session, adapter = session_of(http), body.lora_path or adapter_of(service, body.model)
+    session, adapter = session_of(http, body.session_id), body.lora_path or adapter_of(service, body.model)
     for request in requests:
         request.priority, request.session = body.priority or 0, session
         request.salt, request.adapter = body.cache_salt or "", adapter
