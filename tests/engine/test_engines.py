@@ -247,6 +247,21 @@ def test_a_worker_has_the_adapters_of_the_others_and_none_comes_within_an_update
     try:
         load = {"lora_name": "a", "lora_path": str(tmp_path / "a")}
         web.post("/load_lora_adapter", json=load).raise_for_status()
+        base, card = web.get("/v1/models").json()["data"]
+        assert (card["id"], card["parent"], base["id"]) == ("a", base["id"], card["parent"])
+        ask = {"messages": [{"role": "user", "content": "so"}], "max_tokens": 2}
+        for model, status in (
+            ("a", 400),
+            (f"{base['id']}:a", 400),
+            ("gpt", 200),
+            (base["id"], 200),
+            ("", 200),
+        ):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                said = web.post(
+                    path, json=ask | {"model": model}, headers={"X-Session-ID": f"{model}{len(path)}"}
+                )
+                assert said.status_code == status, said.text
 
         def join():
             return web.post("/workers", json={"url": third.url})

@@ -107,6 +107,12 @@ def test_a_version_that_cannot_be_copied_leaves_the_one_before(published, tmp_pa
     assert json.loads(before["pulled.json"])["version"] == 1
 
 
+def test_what_was_not_pulled_leaves_no_folder(published, tmp_path):
+    with pytest.raises(FullarcError):
+        pull(published, tmp_path / "a" / "b" / "local", 77)
+    assert not (tmp_path / "a").exists()
+
+
 def test_engines_of_one_host_pull_into_one_folder(published, tmp_path, monkeypatch):
     """As `fullarc serve --engines N` lets them: one copies, and the others wait for it."""
     copied, copy = [], shutil.copyfile

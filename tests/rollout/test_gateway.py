@@ -220,6 +220,36 @@ async def test_no_request_makes_a_5xx(http: httpx.AsyncClient, body: Any) -> Non
             assert response.json()["error"]["message"]
 
 
+async def test_what_would_change_what_is_sampled_is_passed_on_or_refused(
+    http: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    seen: list[Any] = []
+    script = engine.script
+    engine.script = lambda prompt, params: (seen.append(params), script(prompt, params))[1]
+    ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        body = ask | {"top_k": 5, "top_p": 0.9} | ({} if "messages" in path else {"min_p": 0.1})
+        assert (await http.post(path, json=body)).status_code == 200
+        assert (seen[-1]["top_k"], seen[-1]["top_p"], seen[-1].get("min_p")) == (5, 0.9, body.get("min_p"))
+        assert (await http.post(path, json=ask | {"top_k": -1, "min_p": 0})).status_code == 200
+        assert "top_k" not in seen[-1] and "min_p" not in seen[-1]
+    for name, value in (
+        ("repetition_penalty", 1.2), ("min_tokens", 2), ("ignore_eos", True), ("stop_token_ids", [5]),
+        ("lora_path", "a"), ("cache_salt", "a"), ("top_k", -2), ("min_p", 2), ("frequency_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+    ):  # fmt: skip
+        reply = await http.post("/v1/chat/completions", json=ask | {name: value})
+        assert reply.status_code == 400 and name in reply.json()["error"]["message"]
+    neutral = {
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "stop_token_ids": [],
+        "top_k": 0,
+    }
+    assert (await http.post("/v1/chat/completions", json=ask | neutral)).status_code == 200
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b'{"messages": []}'])
 async def test_broken_bodies_are_400(http: httpx.AsyncClient, content: bytes) -> None:
     assert (await http.post("/v1/chat/completions", content=content)).status_code == 400

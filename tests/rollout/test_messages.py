@@ -117,7 +117,7 @@ def test_what_a_session_cannot_do_is_refused_in_anthropics_form(
         ({"messages": []}, "messages is empty"), ({"tool_choice": {"type": "any"}}, "auto or none"),
         ({"tool_choice": {"type": "tool", "name": "shell"}}, "auto or none"),
         ({"stop_sequences": [5]}, "stop_sequences"), ({"thinking": {"type": "maybe"}}, "thinking"),
-        ({"extra_body": {"top_k": 5}}, "top_k"), ({"max_tokens": 0}, "max_tokens"),
+        ({"extra_body": {"top_k": -5}}, "top_k"), ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"temperature": 1.5}}, "temperature"),
         ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "output_config"),
         ({"messages": [{"role": "user", "content": "12 " * 900}]}, "900"),

@@ -81,6 +81,8 @@ def gpt_says(url: str, stream: bool, messages: Any = HELLO, **fields: Any) -> tu
         ("so</think>the file", ["number"], ("so", "the file", "stop")),
         ("so</think>the the file", ["the f"], ("so", "the", "stop")),
         ("so</think>the", "", ("so", "the", "stop")),
+        ("so</think>the file\nholds", ["file\n"], ("so", "the", "stop")),
+        ("so</think>\nthe file", ["\nthe"], ("so", "", "stop")),
     ],
 )  # fmt: skip
 def test_openais_client_is_told_the_text_before_it(

@@ -55,6 +55,8 @@ class Sampling:
     form: Grammar | None = None
     calls: bool = False
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -75,6 +77,10 @@ class Sampling:
             params["sampling_seed"] = self.seed
         if self.stop:
             params["stop"] = list(self.stop)
+        if self.top_k > 0:
+            params["top_k"] = self.top_k
+        if self.min_p:
+            params["min_p"] = self.min_p
         if self.form:
             params[self.form.kind] = self.form.text
             if self.calls and self.form.kind != "structural_tag":
@@ -301,6 +307,12 @@ class EngineClient:
         """GET /model_info as a dict (weight_version, and whatever the engine tells)."""
         reply = await self._send("GET", "/model_info", None, None)
         return reply if isinstance(reply, dict) else {}
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """What GET /v1/models tells of adapters."""
+        reply = await self._send("GET", "/v1/models", None, None)
+        cards = reply.get("data") if isinstance(reply, dict) else None
+        return [card for card in cards or () if isinstance(card, dict) and card.get("parent")]
 
     async def routes_to_others(self) -> bool:
         """True when it is a gateway or a router, which list their engines at GET /list_workers."""

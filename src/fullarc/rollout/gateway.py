@@ -146,6 +146,7 @@ class Gateway:
         if session_id is None and self._alone:
             return self._alone
         request = dialect.read(await json_body(http, MAX_BODY))
+        await self._refuse_adapters(request.model)
         session = self._session(session_id)
         plan = session.plan(request.incoming, request.tools, request.thinking)
         if len(plan.prompt_ids) >= self.max_len:
@@ -174,6 +175,13 @@ class Gateway:
         reply = _reply(dialect.whole(self.tok, request, plan, replies, name, self.model))
         reply.headers.update(_versions(replies[0].completion))
         return reply
+
+    async def _refuse_adapters(self, model: str) -> None:
+        """What is recorded is the base's; any other name is the agent's own, and means nothing."""
+        if not self._alone or not model or model == self.model:
+            return
+        if model.rpartition(":")[2] in [card.get("id") for card in await self.engine.adapters()]:
+            raise BadRequest("Adapters are not served in sessions: leave out 'model'.", "model")
 
     async def _count(self, http: Request) -> ASGIApp:
         session_id = _session_id(http)
@@ -208,6 +216,8 @@ class Gateway:
             request.form,
             calls,
             request.stop,
+            request.top_k,
+            request.min_p,
         )
 
     async def _sample(self, request: ChatRequest, plan: Plan, session_id: str | None) -> list[Completion]:
@@ -268,7 +278,9 @@ class Gateway:
             "owned_by": "fullarc",
             "max_model_len": self.max_len,
         }
-        return _reply({"object": "list", "data": [model]})
+        adapters = await self.engine.adapters() if self._alone else []
+        own = [card | {"parent": self.model, "max_model_len": self.max_len} for card in adapters]
+        return _reply({"object": "list", "data": [model, *own]})
 
     async def _health(self, http: Request) -> Response:
         alive = await self.engine.health()

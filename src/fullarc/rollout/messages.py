@@ -13,17 +13,11 @@ from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
 from fullarc.rollout.wire import SEED_MASK, ChatRequest, Reply, certain_text, read_stop
 
-# Parameters that would change sampling and that we do not have, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"top_k": (None, 0, -1)}
-
 
 def read_request(body: Any) -> ChatRequest:
     """Check a decoded JSON body. Raises BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
-    for name, neutral in _NEUTRAL.items():
-        if not any(body.get(name) == value for value in neutral):
-            raise BadRequest(f"'{name}' is not supported in a session.", name, "unsupported_parameter")
     use = anthropic.read_tool_use(body.get("tools"), body.get("tool_choice"))
     if use.forced is not None or not use.several:
         raise BadRequest(
@@ -55,6 +49,9 @@ def read_request(body: Any) -> ChatRequest:
         return_token_ids=False,
         form=read_format(anthropic.output_format(body.get("output_config")), "output_config.format"),
         stop=read_stop(body.get("stop_sequences"), "stop_sequences"),
+        top_k=number(body, "top_k", 0, -1, 2**31, whole=True),
+        min_p=0.0,
+        model=body.get("model", ""),
     )
 
 

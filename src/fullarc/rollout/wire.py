@@ -28,6 +28,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None,),
     "tool_choice": (None, "auto", "none"),
+    "repetition_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "lora_path": (None, ""),
+    "cache_salt": (None, ""),
 }
 
 
@@ -49,6 +55,9 @@ class ChatRequest:
     return_token_ids: bool
     form: Grammar | None
     stop: tuple[str, ...]
+    top_k: int
+    min_p: float
+    model: str
 
 
 def read_request(body: Any) -> ChatRequest:
@@ -83,6 +92,9 @@ def read_request(body: Any) -> ChatRequest:
         return_token_ids=flag(body, "return_token_ids", False),
         form=read_form(body),
         stop=read_stop(body.get("stop"), "stop"),
+        top_k=number(body, "top_k", 0, -1, 2**31, whole=True),
+        min_p=number(body, "min_p", 0.0, 0, 1),
+        model=body.get("model", ""),
     )
     if request.stream and request.n > 1:
         raise BadRequest("'n' must be 1 with 'stream'.", "n")
@@ -139,8 +151,8 @@ def certain_text(tok: Tokenizer, request: ChatRequest, completion: Completion) -
     reasoning, content = partial_text(tok, completion.token_ids, request.thinking)
     held = max(map(len, request.stop), default=1) - 1
     if content:
-        return reasoning, content[: max(0, len(content) - held)]
-    return reasoning[: max(0, len(reasoning) - held)], ""
+        return reasoning, content[: max(0, len(content) - held)].rstrip()
+    return reasoning[: max(0, len(reasoning) - held)].rstrip(), ""
 
 
 def completion_json(
