@@ -84,6 +84,7 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
     async def main():
         updates = Updates.__new__(Updates)
         updates.lock, updates._open = asyncio.Lock(), None
+        updates.service = SimpleNamespace(collecting=set())
         updates.staging = SimpleNamespace(from_tensors=lambda parts, _version: loaded.append(sorted(parts)))
 
         async def install(load, _version, _policy):
@@ -110,7 +111,7 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
             await updates.finish(keep)
         ready.set()
         await asyncio.gather(coming, end)
-        assert loaded == [["early", "late"]]
+        assert loaded == [["early", "late"]] and not updates.service.collecting
 
         updates.open()
         failing = asyncio.create_task(updates.parts(cut_off, keep))
