@@ -74,7 +74,7 @@ def pull(source: Path, local: Path, version: int, base: Path | None = None) -> N
     """
     try:
         if not local.parent.exists():
-            _seed(source, local, version, base)  # for a version that is not there no folder is made
+            _seed(source, local, version, base)  # no folder is made for what cannot be pulled
         with _alone(local.parent):
             if found := _seed(source, local, version, base):
                 _copy(source, local, version, *found)
@@ -85,7 +85,7 @@ def pull(source: Path, local: Path, version: int, base: Path | None = None) -> N
 
 
 def _seed(source: Path, local: Path, version: int, base: Path | None) -> tuple[Path, int] | None:
-    """The folder to begin with, and its version; None if `version` is there already."""
+    """The folder to begin with, which is whole, and its version; None if `version` is there already."""
     here = _pulled(local)
     if here == _told(source, version):
         return None
@@ -98,16 +98,16 @@ def _seed(source: Path, local: Path, version: int, base: Path | None) -> tuple[P
     load_config(seed)
     if not list(seed.glob("*.safetensors")):
         raise FullarcError(f"{seed} has no safetensors.", "Publish whole checkpoints first.")
-    return seed, first
-
-
-def _copy(source: Path, local: Path, version: int, seed: Path, first: int) -> None:
-    """The seed and what has changed since, into `local`."""
     if (seed / MANIFEST).is_file():
         verify_manifest(seed)
     for file in seed.glob("*.safetensors"):
         with opened(file):
             pass
+    return seed, first
+
+
+def _copy(source: Path, local: Path, version: int, seed: Path, first: int) -> None:
+    """The seed and what has changed since, into `local`."""
     with atomic_dir(local) as made:
         for file in sorted(seed.iterdir()):
             if file.is_file() and file.name not in (MANIFEST, MARK):
