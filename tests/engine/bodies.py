@@ -126,7 +126,7 @@ REFUSED = [
     ("/load_lora_adapter", {"lora_name": "a", "lora_path": "/nowhere", "added_tokens_config": None}),
     ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/nowhere", "load_inplace": True}),
     ("/areal_update_weights_lora", {"lora_name": "a-v1", "lora_model_path": "/nowhere", "base_model_name": "b"}),
-    ("/pull_weights", {"local_checkpoint_dir": "/nowhere/local", "source_dir": "/nowhere", "target_version": 1}),
+    ("/pull_weights", {"local_checkpoint_dir": "/dev/null/local", "source_dir": "/nowhere", "target_version": 1}),
     ("/start_profile", {"output_dir": "/nowhere", "num_steps": 1}),
     ("/stop_profile", {}),
     ("/unload_lora_adapter", {"lora_name": "a"}),

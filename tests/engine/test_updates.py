@@ -116,7 +116,7 @@ def test_a_part_that_is_still_coming_belongs_to_the_update_and_a_later_one_is_re
             await updates.finish(keep)
         ready.set()
         await asyncio.gather(coming, end)
-        assert loaded == [["early", "late"]]
+        assert loaded == [["early", "late"]] and not updates.service.collecting
 
         updates.open()
         failing = asyncio.create_task(updates.parts(cut_off, keep))

@@ -73,18 +73,22 @@ def pull(source: Path, local: Path, version: int, base: Path | None = None) -> N
     Raises FullarcError if there is no such version, or `local` is a folder of somebody's own.
     """
     try:
+        if not local.parent.exists():
+            _seed(source, local, version, base)  # no folder is made for what cannot be pulled
         with _alone(local.parent):
-            _pull(source, local, version, base)
+            if found := _seed(source, local, version, base):
+                _copy(source, local, version, *found)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, FullarcError):
             raise
         raise FullarcError(f"Version {version} cannot be pulled from {source}: {error!r:.300}.") from None
 
 
-def _pull(source: Path, local: Path, version: int, base: Path | None) -> None:
+def _seed(source: Path, local: Path, version: int, base: Path | None) -> tuple[Path, int] | None:
+    """The folder to begin with, which is whole, and its version; None if `version` is there already."""
     here = _pulled(local)
     if here == _told(source, version):
-        return
+        return None
     first = version
     while here != _told(source, first) and first > 0 and delta_metadata(_published(source, first)):
         first -= 1
@@ -99,6 +103,11 @@ def _pull(source: Path, local: Path, version: int, base: Path | None) -> None:
     for file in seed.glob("*.safetensors"):
         with opened(file):
             pass
+    return seed, first
+
+
+def _copy(source: Path, local: Path, version: int, seed: Path, first: int) -> None:
+    """The seed and what has changed since, into `local`."""
     with atomic_dir(local) as made:
         for file in sorted(seed.iterdir()):
             if file.is_file() and file.name not in (MANIFEST, MARK):
