@@ -128,12 +128,15 @@ class Service:
     async def submit(self, requests: list[Request], each_token: bool = False) -> "Watch":
         """Queue requests, all or none. Raises RequestError, QueueFullError."""
         self._loop = asyncio.get_running_loop()
-        watch = Watch(self, requests)
-        for request in requests:
-            request.on_finish = _in_turn(request.on_finish, watch.note_end)
-            request.on_token = watch.note if each_token else None
-        watch.each_token = each_token
-        await self.on_engine(lambda s: submit_all(s, requests))
+        watch = Watch(self, requests, each_token)
+
+        def act(scheduler: Scheduler) -> None:
+            submit_all(scheduler, requests)
+            for request in requests:
+                request.on_finish = _in_turn(request.on_finish, watch.note_end)
+                request.on_token = watch.note if each_token else None
+
+        await self.on_engine(act)
         return watch
 
     async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
@@ -181,11 +184,11 @@ class Service:
 
 
 class Watch:
-    """The requests of one HTTP call, seen from the event loop."""
+    """The requests of one HTTP call, seen from the event loop. They know it as long as they run."""
 
-    def __init__(self, service: Service, requests: list[Request]) -> None:
+    def __init__(self, service: Service, requests: list[Request], each_token: bool) -> None:
         self.service, self.requests = service, requests
-        self.news, self.each_token = asyncio.Event(), False
+        self.news, self.each_token = asyncio.Event(), each_token
         self._open = len(requests)
 
     def note(self, _request: Request) -> None:
