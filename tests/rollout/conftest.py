@@ -62,5 +62,5 @@ async def gateway(engine: FakeEngine, tok: Tokenizer) -> AsyncIterator[Gateway]:
 @pytest.fixture
 async def http(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(gateway.app, raise_app_exceptions=True)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client

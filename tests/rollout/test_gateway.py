@@ -143,8 +143,22 @@ async def test_n_replies_have_their_own_seeds(http: httpx.AsyncClient, engine: F
 async def test_only_loopback_without_a_key(gateway: Gateway) -> None:
     for client, status in ((("127.0.0.1", 1), 200), (("::1", 1), 200), (("10.0.0.7", 1), 401)):
         transport = httpx.ASGITransport(gateway.app, client=client)
-        async with httpx.AsyncClient(transport=transport, base_url="http://g") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             assert (await http.get("/v1/models")).status_code == status
+
+
+async def test_pages_of_other_sites_need_a_key(gateway: Gateway, tok: Tokenizer) -> None:
+    keyed = Gateway(gateway.engine, tok, api_key="k")
+    for evil in (
+        {"origin": "http://evil.example"},
+        {"host": "evil.example"},
+        {"sec-fetch-site": "cross-site"},
+    ):
+        for app, status in ((gateway.app, 403), (keyed.app, 200)):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+                answer = await http.get("/v1/models", headers=evil | {"x-api-key": "k"})
+                assert answer.status_code == status
 
 
 async def test_engine_failures_are_typed(http: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -178,7 +192,9 @@ def test_a_full_queue_is_429_to_both_clients_streamed_or_not(
 async def test_too_many_sessions_is_429(engine: FakeEngine, tok: Tokenizer) -> None:
     async with EngineClient("http://engine", transport=httpx.ASGITransport(engine.app)) as client:
         gateway = Gateway(client, tok, max_sessions=1)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway.app), base_url="http://g") as http:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(gateway.app), base_url="http://localhost"
+        ) as http:
             codes = [(await http.post("/v1/chat/completions", json=HELLO, headers={"X-Session-ID": s})).status_code
                      for s in "aab"]  # fmt: skip
     assert codes == [200, 200, 429]

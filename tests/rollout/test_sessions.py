@@ -100,7 +100,8 @@ async def test_served_extends_recorded_and_trained_is_what_was_sampled(
     async with (
         EngineClient("http://engine", transport=httpx.ASGITransport(logging.app)) as client,
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(Gateway(client, tok, max_len=10**6).app), base_url="http://gateway"
+            transport=httpx.ASGITransport(Gateway(client, tok, max_len=10**6).app),
+            base_url="http://localhost",
         ) as http,
     ):
         await drive(rng, tok, logging, http)

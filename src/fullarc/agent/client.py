@@ -66,7 +66,7 @@ class ChatClient:
 
     def __init__(
         self,
-        url: str = "http://gateway",
+        url: str = "http://localhost",
         app: ASGIApp | None = None,
         session: str | None = None,
         api_key: str | None = None,

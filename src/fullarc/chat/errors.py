@@ -9,6 +9,7 @@ from fullarc.chat.openai import BadRequest, error_body
 
 KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

@@ -419,8 +419,13 @@ class Scheduler:
             self._release(request)
         request.finish, request.ended = finish, time.monotonic()
         request.weight_version = request.weight_version or self.version
-        if request.on_finish:
-            self.behind.later(partial(request.on_finish, request))
+        tell, request.on_finish, request.on_token = (
+            request.on_finish,
+            None,
+            None,
+        )  # whom they belong to has it
+        if tell:
+            self.behind.later(partial(tell, request))
 
 
 def _tell(requests: list[Request]) -> None:

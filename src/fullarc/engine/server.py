@@ -3,7 +3,8 @@
     python -m fullarc.engine.server --model FOLDER
 
 Invariants: every request ends with an answer of its own; a bad body is a 4xx in one sentence and touches nobody else;
-an update that fails leaves the old weights in place. Without an API key the server listens on loopback only.
+an update that fails leaves the old weights in place. Without an API key the server listens on loopback only, and not
+to pages of other sites.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from fullarc.chat.sites import OwnPages
 from fullarc.config.errors import FullarcError
 from fullarc.engine.api.anthropic import Anthropic
 from fullarc.engine.api.chat import Chat
@@ -81,7 +83,7 @@ class Server:
         self.endpoints.append(Endpoint("/openapi.json", self.openapi, ("GET",)))
         self.app = Starlette(
             routes=[endpoint.route() for endpoint in self.endpoints],
-            middleware=[Middleware(KeyCheck, key=api_key)] if api_key else [],
+            middleware=[Middleware(KeyCheck, key=api_key) if api_key else Middleware(OwnPages)],
             exception_handlers={HTTPException: http_error},
             lifespan=self._lifespan,
         )

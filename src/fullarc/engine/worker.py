@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from fullarc.engine.scheduler import Scheduler
@@ -53,16 +54,7 @@ class Worker:
     def call(self, function: Callable[[Scheduler], T]) -> "Future[T]":
         """Run `function(scheduler)` between two steps; its result or exception arrives in the future."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function(self.scheduler))
-            except BaseException as error:  # noqa: BLE001  (handed to the caller, not swallowed)
-                future.set_exception(error)
-
-        self._calls.put(run)
+        self._calls.put(partial(_answer, future, partial(function, self.scheduler)))
         return future
 
     def _run(self) -> None:
@@ -93,3 +85,13 @@ class Worker:
         except Exception as error:  # noqa: BLE001  (reported by /health; every request still gets its end)
             self.error = error
             self.scheduler.fail()
+
+
+def _answer(future: "Future[T]", function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # noqa: BLE001  (handed to the caller, not swallowed)
+        future.set_exception(error)
+        del future  # the error knows this frame, and would keep itself

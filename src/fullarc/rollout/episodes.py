@@ -121,7 +121,7 @@ async def agent_episode(
         make_sandbox: called in a thread with the instance's files; the sandbox is closed here.
     """
     name = f"{key.stage}-{key.batch}-{key.group}-{key.sample}-{key.attempt}"
-    app, url = (None, gateway) if isinstance(gateway, str) else (gateway, "http://gateway")
+    app, url = (None, gateway) if isinstance(gateway, str) else (gateway, "http://localhost")
     async with ChatClient(url, app, session=name) as client:
         await client.forget()
         sandbox = await asyncio.to_thread(make_sandbox, instance.files)

@@ -9,9 +9,9 @@ and weight versions for training. Without the header the request stands alone an
 
 With `passes` the engine's other routes are served too (`passing`) and /workers lists the engines (`workers`), and with
 "all" also chats that stand alone are the engine's: our own engine does more of both dialects than is recorded here,
-such as forced tools. Without an API key only loopback clients are answered. A bad request is a 4xx
-with the error object of its dialect, an engine whose queue is full a 429, streamed or not; 5xx means that the engine
-failed.
+such as forced tools. Without an API key only loopback clients are answered, and no pages of other sites. A bad request
+is a 4xx with the error object of its dialect, an engine whose queue is full a 429, streamed or not; 5xx means that the
+engine failed.
 """
 
 import hmac
@@ -36,6 +36,7 @@ from fullarc.chat.errors import OPEN_PATHS, error_object
 from fullarc.chat.grammar import Grammar
 from fullarc.chat.openai import BadRequest, dump
 from fullarc.chat.render import Tools
+from fullarc.chat.sites import OwnPages
 from fullarc.config.seeds import derive
 from fullarc.rollout import messages, wire
 from fullarc.rollout.bodies import json_body
@@ -133,7 +134,8 @@ class Gateway:
             BadRequest: _bad_request,
             EngineError: _engine_error,
         }
-        self.app: ASGIApp = _Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        self.app: ASGIApp = _Guard(OwnPages(app) if api_key is None else app, api_key)
 
     async def _openai(self, http: Request) -> ASGIApp:
         return await self._chat(http, OPENAI)

@@ -20,7 +20,7 @@ _HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host",
      b"date", b"server")
 )  # fmt: skip
-_KEYS = (b"authorization", b"x-api-key")
+_KEYS = (b"authorization", b"x-api-key", b"origin", b"sec-fetch-site")  # whom a key lets in
 
 
 class Passing:

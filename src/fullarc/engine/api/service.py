@@ -130,18 +130,16 @@ class Service:
 
     async def submit(self, requests: list[Request], each_token: bool = False) -> "Watch":
         """Queue requests, all or none. Raises RequestError, QueueFullError."""
-        watch = self.watch(requests, each_token)
-        await self.on_engine(lambda s: submit_all(s, requests))
+        watch = Watch(self, requests, each_token)
+        await self.on_engine(lambda s: self.take(s, watch))
         return watch
 
-    def watch(self, requests: list[Request], each_token: bool) -> "Watch":
-        """A watch of requests that are to be submitted."""
-        watch = Watch(self, requests)
-        for request in requests:
+    def take(self, scheduler: Scheduler, watch: "Watch", instead_of: Request | None = None) -> None:
+        """Engine thread: queue the requests of a watch, see `submit_all`."""
+        submit_all(scheduler, watch.requests, instead_of)
+        for request in watch.requests:
             request.on_finish = _in_turn(request.on_finish, watch.note_end)
-            request.on_token = watch.note if each_token else None
-        watch.each_token = each_token
-        return watch
+            request.on_token = watch.note if watch.each_token else None
 
     async def answer(self, http: HttpRequest, requests: list[Request]) -> list[Request]:
         """Submit, and wait for the last end."""
@@ -188,11 +186,11 @@ class Service:
 
 
 class Watch:
-    """The requests of one HTTP call, seen from the event loop."""
+    """The requests of one HTTP call, seen from the event loop. They know it as long as they run."""
 
-    def __init__(self, service: Service, requests: list[Request]) -> None:
+    def __init__(self, service: Service, requests: list[Request], each_token: bool) -> None:
         self.service, self.requests = service, requests
-        self.news, self.each_token = asyncio.Event(), False
+        self.news, self.each_token = asyncio.Event(), each_token
         self._open = len(requests)
 
     def note(self, _request: Request) -> None:

@@ -19,7 +19,7 @@ from fullarc.engine.api.choices import MaskMode, collector, sglang_choices, sgla
 from fullarc.engine.api.fields import AskedIds, Count, Ids, SamplingBody, build, fits
 from fullarc.engine.api.grammars import guiding
 from fullarc.engine.api.guard import Endpoint, aside, read_body, written
-from fullarc.engine.api.service import DONE, EventStream, Service, Watch, submit_all
+from fullarc.engine.api.service import DONE, EventStream, Service, Watch
 from fullarc.engine.api.sessions import SessionParams, Sessions, Turn
 from fullarc.engine.api.text import GrowingText
 from fullarc.engine.api.whose import session_of
@@ -314,8 +314,8 @@ class Sglang:
         plan = Plan(self.service, body, turn)
         for request in plan.requests:
             request.session = session
-        watch = self.service.watch(plan.requests, body.stream)
-        submit_all(scheduler, plan.requests, turn.replaces)
+        watch = Watch(self.service, plan.requests, body.stream)
+        self.service.take(scheduler, watch, turn.replaces)
         return plan, watch
 
 
