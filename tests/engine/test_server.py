@@ -350,9 +350,10 @@ def test_a_wrong_start_is_one_sentence(checkpoints, arguments, says, capsys, mon
     assert says in line
 
 
-def test_fullarc_serve_says_what_is_wrong_with_a_size(talking, capsys):
+def test_fullarc_serve_says_what_is_wrong_with_a_size(talking, capsys, monkeypatch):
     from fullarc.rollout import serve
 
+    monkeypatch.setattr(serve.uvicorn, "Server", lambda *_: pytest.fail("it started"))
     for arguments, says in (
         ("--engine http://x --max-len -5", "--max-len is -5"),
         ("--max-batch 0", "--max-batch is 0"),
