@@ -12,7 +12,9 @@ from fullarc.chat import Message, Tokenizer, render
 from fullarc.engine import Engine, SamplingParams
 from fullarc.engine.api.chat import Growing
 from fullarc.engine.api.fields import SamplingBody
+from fullarc.engine.api.text import GrowingText
 from fullarc.engine.request import Request
+from fullarc.engine.stops import StopStrings, StopWatch
 
 TOOL = {"type": "function", "function": {"name": "shell", "description": "Run it.", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -182,17 +184,21 @@ def test_a_stop_that_is_wanted_stays(gpt, says, talking):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "a list done"
 
 
-def test_a_stop_token_is_held_back_until_more_comes(talking):
+@pytest.mark.parametrize("stops", [[], ["never"]])
+def test_a_stop_token_is_held_back_until_more_comes(talking, stops):
     """Who reads a stream may look between a token and the end that it brings."""
     tok: Tokenizer = talking[1]
     request = Request("r", [1], SamplingParams(stop_ids=frozenset(tok.encode(" done"))))
-    growing = Growing(SimpleNamespace(requests=[request], tok=tok, thinking=False, wire=SamplingBody()), 0)
-    told = []
+    request.stops = StopWatch(StopStrings(stops), tok.token_bytes) if stops else None
+    turn = Growing(SimpleNamespace(requests=[request], tok=tok, thinking=False, wire=SamplingBody()), 0)
+    text, told = GrowingText(tok, request, SamplingBody()), []
     for token in tok.encode("a list done it"):
         request.ids.append(token)
+        if request.stops:
+            request.stops.feed(token)
         request.logprobs.append(0.0)
-        told.append(growing.news()[1])
-    assert told == ["a", " list", "", " done it"]
+        told.append((turn.news()[1], text.read()))
+    assert told == [("a", "a"), (" list", " list"), ("", ""), (" done it", " done it")]
 
 
 def test_who_named_a_stop_is_told_it(gpt, says, talking):

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from running import Running, wait
 
+from fullarc.config.errors import FullarcError
 from fullarc.engine import Engine
 from fullarc.engine.api.service import Service
 from fullarc.rollout.engine_client import EngineClient, EngineError, Sampling
@@ -161,11 +162,11 @@ def test_broken_json_is_a_400(http):
     assert http.get("/nowhere").status_code == 404
 
 
-def test_a_full_queue_is_a_429(http, server):
+def test_a_closed_queue_is_a_429_and_what_it_never_holds_a_400(http, server):
     server.engine.scheduler.max_queue = 3
     never = generate(http, sampling_params={"n": 8})
     assert never.status_code == 400 and "8 sequences at once are more than the 3 that may wait" in never.text
-    assert generate(http).status_code == 200
+    assert generate(http, sampling_params={"n": 3}).status_code == 200
     server.engine.scheduler.max_queue = 0
     assert generate(http).status_code == 429
 
@@ -334,9 +335,32 @@ def test_fullarc_serve_hands_on_every_option_of_the_engines_server():
     assert engines - own == {name for name, _, _ in ENGINE_OPTIONS}
 
 
-@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--model", "/nowhere"]])
-def test_a_wrong_start_is_one_sentence(checkpoints, arguments, capsys):
-    from fullarc.engine.server import main
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [("--host 0.0.0.0", "--api-key"), ("--model /nowhere", "/nowhere"), ("--max-batch 0", "--max-batch is 0"),
+     ("--max-batch 100000000", "100000000 sequences"), ("--max-batch 100000000 --kernels torch", "100000000 sequences"),
+     (f"--max-batch {10**21}", "--max-batch"), ("--max-len -5", "--max-len is -5"), ("--threads 0", "--threads is 0"),
+     ("--max-queue -1", "--max-queue is -1")],
+)  # fmt: skip
+def test_a_wrong_start_is_one_sentence(checkpoints, arguments, says, capsys, monkeypatch):
+    from fullarc.engine import server
 
-    assert main(["--model", str(checkpoints["v0"]), "--port", "0", *arguments]) == 3
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    monkeypatch.setattr(server.uvicorn, "Config", lambda *_, **__: pytest.fail("it started"))
+    assert server.main(["--model", str(checkpoints["v0"]), "--port", "0", *arguments.split()]) == 3
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+
+
+def test_fullarc_serve_says_what_is_wrong_with_a_size(talking, capsys, monkeypatch):
+    from fullarc.rollout import serve
+
+    monkeypatch.setattr(serve.uvicorn, "Server", lambda *_: pytest.fail("it started"))
+    for arguments, says in (
+        ("--engine http://x --max-len -5", "--max-len is -5"),
+        ("--max-batch 0", "--max-batch is 0"),
+    ):
+        with pytest.raises(FullarcError, match=says):
+            serve.main([str(talking[0]), "--port", "0", *arguments.split()])
+    with pytest.raises(SystemExit):
+        serve.main(["--help"])
+    assert f"at most {serve.MAX_LEN}" in " ".join(capsys.readouterr().out.split())

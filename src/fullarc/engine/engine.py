@@ -133,8 +133,8 @@ class Engine:
         overlap: do what a step leaves (stop strings, prefixes, callbacks) in a second thread behind the next one's
             forward pass. The output is the same.
 
-    Raises FullarcError if the folder is not a valid checkpoint, has no MTP layer to draft with, is not computed so, or
-    if prefixes cannot be spilled as wanted.
+    Raises FullarcError if the folder is not a valid checkpoint, has no MTP layer to draft with, is not computed so, if
+    a size is not positive or larger than memory, or if prefixes cannot be spilled as wanted.
     """
 
     def __init__(
@@ -156,10 +156,19 @@ class Engine:
         prefix_spill_mb: float = 1024.0,
         overlap: bool = False,
     ) -> None:
+        for option, value in (("--max-batch", max_batch), ("--max-len", max_len), ("--threads", threads)):
+            if value < 1:
+                raise FullarcError(f"{option} is {value}.", "Give at least 1.")
         weights, self.origin = load(folder, weight_version, dtype, kernels, draft_steps > 0)
         longest = min(max_len, weights.config.max_position_embeddings)
         drafts = draft_steps > 0 and weights.has_mtp
-        core = forward_pass(weights, max_batch, longest, drafts, threads)
+        try:
+            core = forward_pass(weights, max_batch, longest, drafts, threads)
+        except (OSError, OverflowError, RuntimeError) as error:  # as mmap and PyTorch have it
+            raise FullarcError(
+                f"There is no memory for {max_batch} sequences of {longest} tokens ({error}).",
+                "Choose a smaller --max-batch or --max-len.",
+            ) from None
         self.deterministic = determinism.check(core) if deterministic else None
         drafter = Drafter(core, draft_steps, rejection) if draft_steps else None
         prefixes = _prefixes(core.cache, prefix_tokens, prefix_mb, prefix_spill, prefix_spill_mb)

@@ -186,6 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             raise FullarcError(
                 f"Refusing to listen on {args.host} without a key.", "Give --api-key, or use loopback."
             )
+        if args.max_queue < 1:
+            raise FullarcError(f"--max-queue is {args.max_queue}.", "Give at least 1.")
         parent = os.getppid()
         engine = Engine(
             args.model,

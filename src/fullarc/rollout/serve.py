@@ -224,7 +224,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=8000, help="0 = any free port")
     parser.add_argument("--api-key", default=os.environ.get("FULLARC_API_KEY"), help="or FULLARC_API_KEY")
     parser.add_argument(
-        "--max-len", type=int, default=0, help="tokens per sequence; default: what the model allows"
+        "--max-len",
+        type=int,
+        default=0,
+        help=f"tokens per sequence; default: what the model allows, at most {MAX_LEN}",
     )
     parser.add_argument("--engine", default="", metavar="URL", help="a running engine instead of our own")
     parser.add_argument(
@@ -242,6 +245,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{options[0]} is for an engine that is started here.", "Leave out --engine.")
     if args.engines < 1 or (args.engine and args.engines > 1):
         raise UsageError("--engines is how many are started here, at least 1.", "Leave out --engine.")
+    if args.max_len < 0:
+        raise UsageError(f"--max-len is {args.max_len}.", "Give at least 1, or leave it out.")
     if args.host not in LOOPBACK and not args.api_key:
         raise UsageError(
             f"Refusing to listen on {args.host} without a key.", "Give --api-key, or use loopback."

@@ -41,10 +41,12 @@ class GrowingText:
         certain = self._length
         if ended:
             certain = self._end()
-        elif stops and self._trim:
-            certain = stops.certain[count - 1] if count else 0
-        elif count and self._trim and request.ids[start + count - 1] in request.params.stop_ids:
-            certain = self._pieces[-1][0] if self._pieces else certain
+        elif count and self._trim:
+            last = request.ids[start + count - 1]
+            if last in request.params.stop_ids:
+                certain -= len(self._tok.token_bytes(last))
+            if stops:
+                certain = min(certain, stops.certain[count - 1])
         new = self._decoder.decode(self._take(certain), ended)
         self.text += new
         return new
