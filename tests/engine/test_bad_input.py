@@ -243,7 +243,7 @@ def test_a_full_queue_is_a_429_in_every_dialect(server, http):
 def raw_request(server, body):
     data = json.dumps(body).encode()
     client = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     return client, head + data
 
 

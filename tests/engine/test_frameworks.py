@@ -55,6 +55,7 @@ def test_slime_rolls_out_partially_and_goes_on(http, server):
         return post(http, "/generate", payload, headers={"X-SMG-Routing-Key": "session-1"})
 
     whole = sample(IDS, 200)
+    server.slow_down()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         future = pool.submit(sample, IDS, 200)
         wait(lambda: any(len(r.logprobs) > 3 for r in list(server.engine.scheduler.running.values())))

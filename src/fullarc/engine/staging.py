@@ -2,8 +2,8 @@
 
 Tensors that come in parts (a stream of buckets) are merged into a copy of the last complete weights under their on-disk
 names, an MTP layer included; it is read from the folder that was loaded (see `origin`) when the first part comes, and
-not at all when all come. No tensor that the engine reads is ever
-written to: parts replace. What the engine does not keep (an MTP layer, where nothing is drafted) is taken and ignored.
+not at all when all come. No tensor that the engine reads is ever written to: parts replace. What the engine does not
+keep (an MTP layer, where nothing is drafted) is taken and ignored.
 
 Only safetensors is read. A pickle is refused by its first byte: unpickling runs the sender's code.
 """
