@@ -340,7 +340,7 @@ def test_fullarc_serve_hands_on_every_option_of_the_engines_server():
     [("--host 0.0.0.0", "--api-key"), ("--model /nowhere", "/nowhere"), ("--max-batch 0", "--max-batch is 0"),
      ("--max-batch 100000000", "100000000 sequences"), ("--max-batch 100000000 --kernels torch", "100000000 sequences"),
      (f"--max-batch {10**21}", "--max-batch"), ("--max-len -5", "--max-len is -5"), ("--threads 0", "--threads is 0"),
-     ("--max-queue -1", "--max-queue is -1")],
+     ("--max-queue -1", "--max-queue is -1"), ("--port 99999", "127.0.0.1:99999")],
 )  # fmt: skip
 def test_a_wrong_start_is_one_sentence(checkpoints, arguments, says, capsys, monkeypatch):
     from fullarc.engine import server
@@ -358,6 +358,7 @@ def test_fullarc_serve_says_what_is_wrong_with_a_size(talking, capsys, monkeypat
     for arguments, says in (
         ("--engine http://x --max-len -5", "--max-len is -5"),
         ("--max-batch 0", "--max-batch is 0"),
+        ("--engine http://x --port 99999", "127.0.0.1:99999"),
     ):
         with pytest.raises(FullarcError, match=says):
             serve.main([str(talking[0]), "--port", "0", *arguments.split()])

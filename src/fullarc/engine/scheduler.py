@@ -419,11 +419,8 @@ class Scheduler:
             self._release(request)
         request.finish, request.ended = finish, time.monotonic()
         request.weight_version = request.weight_version or self.version
-        tell, request.on_finish, request.on_token = (
-            request.on_finish,
-            None,
-            None,
-        )  # whom they belong to has it
+        tell = request.on_finish
+        request.on_finish = request.on_token = None  # whom they belong to has it
         if tell:
             self.behind.later(partial(tell, request))
 

@@ -208,10 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         engine.scheduler.max_queue = args.max_queue
         try:
             listener = socket.create_server((args.host, args.port), backlog=1024)
-        except OSError as error:
-            raise FullarcError(
-                f"Cannot listen on {args.host}:{args.port}: {error.strerror}.", "Try --port 0."
-            ) from None
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise FullarcError(f"Cannot listen on {args.host}:{args.port}: {why}.", "Try --port 0.") from None
     except FullarcError as error:
         print(error, file=sys.stderr)
         return error.exit_code

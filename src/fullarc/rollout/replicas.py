@@ -62,15 +62,13 @@ UPDATES = frozenset(
      "/load_lora_adapter", "/v1/load_lora_adapter", "/update_named_param/", "/reset_prefix_cache/")
 )  # fmt: skip
 # weights too, but who refuses has the weights of the others still
-IN_TURN = UPDATES | frozenset(
-    (
-        "/pull_weights",
-        "/unload_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/weights_checker",
-        "/weight_checker",
-    )
-)
+IN_TURN = UPDATES | {
+    "/pull_weights",
+    "/unload_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/weights_checker",
+    "/weight_checker",
+}
 JOINS = frozenset(
     ("/init_weights_update_group", "/areal_init_weights_update_group", "/init_weight_transfer_engine",
      "/init_broadcaster", "/init_communicator/")
@@ -83,11 +81,8 @@ class Replicas(EngineClient):
     def __init__(self, urls: Sequence[str], timeout_s: float = 600.0, retries: int = 5) -> None:
         self._timeout_s, self.retries = timeout_s, retries
         self._numbers, self._turn, self._joining = itertools.count(), asyncio.Lock(), asyncio.Lock()
-        self._changes, self._changing, self._still = (
-            0,
-            0,
-            asyncio.Event(),
-        )  # begun; not ended; there is none of these
+        self._changes = self._changing = 0  # begun, and not ended
+        self._still = asyncio.Event()  # there is none of these
         self._still.set()
         self.engines: list[EngineClient] = []
         self._in_flight: Counter[EngineClient] = Counter()

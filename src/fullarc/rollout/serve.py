@@ -208,10 +208,9 @@ def local_gateway(
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise FullarcError(
-            f"Can not listen on {host}:{port}: {error.strerror}.", "Choose another --port."
-        ) from None
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FullarcError(f"Can not listen on {host}:{port}: {why}.", "Choose another --port.") from None
 
 
 def main(argv: Sequence[str]) -> int:
