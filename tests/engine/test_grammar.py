@@ -497,11 +497,11 @@ def test_without_a_tokenizer_there_are_no_forms(checkpoints):
 
 
 def test_others_are_answered_while_a_form_is_compiled(http, server, monkeypatch):
-    compiled, begun = Grammars._compile, threading.Event()
+    compiled, begun, gate = Grammars._compile, threading.Event(), threading.Event()
 
     def slowly(self, grammar: Grammar):
         begun.set()
-        time.sleep(3)
+        gate.wait(10)
         return compiled(self, grammar)
 
     monkeypatch.setattr(Grammars, "_compile", slowly)
@@ -513,6 +513,7 @@ def test_others_are_answered_while_a_form_is_compiled(http, server, monkeypatch)
              ]  # fmt: skip
     for path, body in bodies:
         begun.clear()
+        gate.clear()
         server.server.service.grammars._compiled.clear()
         asking = threading.Thread(target=http.post, args=(path,), kwargs={"json": body})
         asking.start()
@@ -525,4 +526,5 @@ def test_others_are_answered_while_a_form_is_compiled(http, server, monkeypatch)
             == 200
         )
         assert time.monotonic() - start < 2 and asking.is_alive(), path
+        gate.set()
         asking.join()
