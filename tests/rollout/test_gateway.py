@@ -244,9 +244,9 @@ async def test_what_would_change_what_is_sampled_is_passed_on_or_refused(
     engine.script = lambda prompt, params: (seen.append(params), script(prompt, params))[1]
     ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     for path in ("/v1/chat/completions", "/v1/messages"):
-        body = ask | {"top_k": 5, "top_p": 0.9} | ({} if "messages" in path else {"min_p": 0.1})
+        body = ask | {"top_k": 5, "top_p": 0.9, "min_p": 0.1}
         assert (await http.post(path, json=body)).status_code == 200
-        assert (seen[-1]["top_k"], seen[-1]["top_p"], seen[-1].get("min_p")) == (5, 0.9, body.get("min_p"))
+        assert (seen[-1]["top_k"], seen[-1]["top_p"], seen[-1]["min_p"]) == (5, 0.9, 0.1)
         assert (await http.post(path, json=ask | {"top_k": -1, "min_p": 0})).status_code == 200
         assert "top_k" not in seen[-1] and "min_p" not in seen[-1]
     for name, value in (
@@ -254,8 +254,9 @@ async def test_what_would_change_what_is_sampled_is_passed_on_or_refused(
         ("lora_path", "a"), ("cache_salt", "a"), ("top_k", -2), ("min_p", 2), ("frequency_penalty", 0.5),
         ("logit_bias", {"5": 1}),
     ):  # fmt: skip
-        reply = await http.post("/v1/chat/completions", json=ask | {name: value})
-        assert reply.status_code == 400 and name in reply.json()["error"]["message"]
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            reply = await http.post(path, json=ask | {name: value})
+            assert reply.status_code == 400 and name in reply.json()["error"]["message"]
     neutral = {
         "repetition_penalty": 1.0,
         "min_tokens": 0,

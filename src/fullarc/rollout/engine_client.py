@@ -43,7 +43,8 @@ class EngineError(FullarcError):
 class Sampling:
     """How to sample. `seed` None leaves the choice of randomness to the engine; temperature 0 is greedy.
 
-    `stop`: strings that end the reply. `form`: what it must follow; with `calls` it may call a tool instead (our
+    `top_p`, `top_k` and `min_p` cut the distribution (1, 0 and 0: not); log-probs are told of the whole one. `stop`:
+    strings that end the reply. `form`: what it must follow; with `calls` it may call a tool instead (our
     engine's, not SGLang's).
     """
 

@@ -11,13 +11,14 @@ from fullarc.chat.grammar import read_format
 from fullarc.chat.openai import BadRequest, dump, flag, number
 from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
-from fullarc.rollout.wire import SEED_MASK, ChatRequest, Reply, certain_text, read_stop
+from fullarc.rollout.wire import SEED_MASK, ChatRequest, Reply, certain_text, read_stop, refuse_steering
 
 
 def read_request(body: Any) -> ChatRequest:
     """Check a decoded JSON body. Raises BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
+    refuse_steering(body)
     use = anthropic.read_tool_use(body.get("tools"), body.get("tool_choice"))
     if use.forced is not None or not use.several:
         raise BadRequest(
@@ -50,7 +51,7 @@ def read_request(body: Any) -> ChatRequest:
         form=read_format(anthropic.output_format(body.get("output_config")), "output_config.format"),
         stop=read_stop(body.get("stop_sequences"), "stop_sequences"),
         top_k=number(body, "top_k", 0, -1, 2**31, whole=True),
-        min_p=0.0,
+        min_p=number(body, "min_p", 0.0, 0, 1),
         model=body.get("model", ""),
     )
 

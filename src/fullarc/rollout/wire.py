@@ -5,7 +5,7 @@ silently ignored that would change what is sampled.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +19,24 @@ from fullarc.rollout.engine_client import Completion
 from fullarc.rollout.sessions import Incoming, Plan
 
 SEED_MASK = 2**63 - 1
-# Parameters that would change sampling and that we do not have, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Parameters that would change sampling and that we do not have, with the values that ask for nothing: any dialect's …
+_STEERS: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
-    "top_logprobs": (None, 0),
-    "functions": (None, []),
-    "function_call": (None,),
-    "tool_choice": (None, "auto", "none"),
     "repetition_penalty": (None, 1),
     "min_tokens": (None, 0),
     "ignore_eos": (None, False),
     "stop_token_ids": (None, []),
     "lora_path": (None, ""),
     "cache_salt": (None, ""),
+}
+# … and OpenAI's
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_logprobs": (None, 0),
+    "functions": (None, []),
+    "function_call": (None,),
+    "tool_choice": (None, "auto", "none"),
 }
 
 
@@ -64,9 +67,7 @@ def read_request(body: Any) -> ChatRequest:
     """Check a decoded JSON body. Raises BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
-    for name, neutral in _NEUTRAL.items():
-        if not any(body.get(name) == value for value in neutral):
-            raise BadRequest(f"'{name}' is not supported with this value.", name, "unsupported_parameter")
+    refuse_steering(body, _NEUTRAL)
     if not isinstance(body.get("model", ""), str):
         raise BadRequest("'model' must be a string.", "model")
     kwargs = body.get("chat_template_kwargs") or {}
@@ -99,6 +100,13 @@ def read_request(body: Any) -> ChatRequest:
     if request.stream and request.n > 1:
         raise BadRequest("'n' must be 1 with 'stream'.", "n")
     return request
+
+
+def refuse_steering(body: Mapping[str, Any], more: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+    """Raise BadRequest for what is not recorded and would change the sample, and for `more` of the kind."""
+    for name, neutral in (_STEERS | dict(more or {})).items():
+        if not any(body.get(name) == value for value in neutral):
+            raise BadRequest(f"'{name}' is not supported with this value.", name, "unsupported_parameter")
 
 
 def read_stop(given: Any, name: str) -> tuple[str, ...]:
