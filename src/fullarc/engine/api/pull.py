@@ -119,8 +119,7 @@ def _copy(source: Path, local: Path, version: int, seed: Path, first: int) -> No
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else on this host pulls into `folder`; what had to be made for that goes again if nothing came there."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Nobody else on this host pulls into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -128,9 +127,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # the first one that is not empty
-            for path in new:
-                path.rmdir()
 
 
 def _published(source: Path, version: int) -> Path:
